@@ -76,6 +76,8 @@ def variants(study: str, parent: Path, steps: int) -> dict[str, Variant]:
     half = layers // 2
     return {
         "keep": Variant(),
+        "norm-unit": Variant({"encoder_norm": "unit"}),
+        "norm-0.1": Variant({"encoder_norm": "0.1"}),
         "frozen-decoder": Variant(settings={"freeze_until": max(1, steps // 3), "trainable": ("model.encoder.*",)}),
         # Full attention is in layers 5, 11, 17, ...: of every other layer, those from 1 keep them.
         "every-other-layer": Variant({"decoder_layers": f"1:{layers}:2"}),

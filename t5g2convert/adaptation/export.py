@@ -21,7 +21,8 @@ from t5g2convert.checkpoint.folder import open_checkpoint, some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.convert import Conversion, execute
-from t5g2convert.conversion.options import KEEP, Dtype, Judge, WriteOptions
+from t5g2convert.conversion.option_values import KEEP
+from t5g2convert.conversion.options import Dtype, Judge, WriteOptions
 from t5g2convert.conversion.output.ownership import is_intact, manifest_listing
 from t5g2convert.conversion.output.path_rules import check_target, check_vacant
 from t5g2convert.conversion.trained_model import plan_adapted

@@ -21,7 +21,8 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.command_options import CommandOptions, Option, takes_options
 from t5g2convert.conversion.convert import Conversion, execute
-from t5g2convert.conversion.options import KEEP, Dtype, WriteOptions
+from t5g2convert.conversion.option_values import KEEP
+from t5g2convert.conversion.options import Dtype, WriteOptions
 from t5g2convert.conversion.output.path_rules import check_target
 from t5g2convert.conversion.trained_model import plan_merged, scale_of
 from t5g2convert.conversion.write.copy import read_exactly

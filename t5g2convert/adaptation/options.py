@@ -9,7 +9,8 @@ from pydantic import Field
 from t5g2convert.adaptation.train.run_settings import MACHINES, OBJECTIVE, RUN, RunSettings
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.command_options import CommandOptions, Option
-from t5g2convert.conversion.options import KEEP, Dtype
+from t5g2convert.conversion.option_values import KEEP
+from t5g2convert.conversion.options import Dtype
 
 LAST: Final = 5
 """Number of checkpoints that the paper averages."""

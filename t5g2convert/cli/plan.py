@@ -192,6 +192,8 @@ def draw_plan(plan: "Plan") -> "Text":
 def _computed_role(part: str, kind: str, plan: "Plan") -> str:
     if part == "embedding":
         return "the end-of-image row, scaled"
+    if kind == "filled":
+        return "the final norm, one factor"
     if kind == "aligned":
         return "the donor's, mapped to the source's width by least squares"
     return "zeros, to be trained" if VISION_FROM in plan.sources else "stub of a model without images"

@@ -1,9 +1,7 @@
 """The options of `plan`, `convert` and `extract`, shared by the command line, the Python API and the manifest."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -13,12 +11,10 @@ from t5g2convert.checkpoint.families.config_section import MAX_INTEGER
 from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, Role
 from t5g2convert.command_options import CommandOptions, Option
+from t5g2convert.conversion.option_values import KEEP, parse_encoder_norm, parse_rope_scaling, parse_shard_size
 from t5g2convert.conversion.plan.layer_spec import LayerSpec, parse_layers
 from t5g2convert.errors import UsageError
 from t5g2convert.progress import Progress
-
-KEEP: Final = "keep"
-"""The value of `--dtype` and `--rope-scaling` that changes nothing."""
 
 Dtype = Literal["keep", "bfloat16", "float16", "float32"]
 """The values of `--dtype`."""
@@ -34,35 +30,6 @@ SMALLEST_WINDOW: Final = 2
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """5GB, the shard size of the published checkpoints."""
-
-SMALLEST_SHARD = 10**6
-"""Smaller sizes on the command line, in bytes, are typing errors, like 5 for 5G: they would split a model into
-thousands of files."""
-
-_UNITS: Final = {
-    "": 1, "B": 1,
-    "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
-"""Decimal and binary units as in transformers: GB is 10^9 bytes, GiB is 2^30; the B may be left out."""
-
-
-def parse_shard_size(text: str) -> int:
-    """Return the bytes of `--max-shard-size`: `5G`, `5GB`, `500MB`, `4GiB` or a plain number, in any case.
-
-    Raises:
-        UsageError: The text is not a size, or the size is too small.
-    """
-    hint = "use a form like 5G, 500MB or 4GiB"
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    if match is None or match[2].upper() not in _UNITS:
-        raise UsageError(f"--max-shard-size {text!r} is not a size", hint=hint)
-    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
-    if size < SMALLEST_SHARD:
-        raise UsageError(f"--max-shard-size {text!r} is below the minimum, 1 MB", hint=hint)
-    if size >= 2**63:
-        raise UsageError(f"--max-shard-size {text!r} exceeds the largest file size", hint=hint)
-    return size
 
 
 class PlanOptions(CommandOptions):
@@ -85,6 +52,8 @@ class PlanOptions(CommandOptions):
         rope_scaling: `keep`, or `linear:F`: positions in full-attention layers (in all layers, if the family has one
             RoPE for all) are divided by F, so inputs may be F times as long.
         sliding_window: Number of tokens that a sliding layer sees; None for the source's.
+        encoder_norm: `keep`, or the one factor by which the encoder's final norm multiplies instead of its parent's: a
+            number, or `unit` for 1. A real parent's factors are large, and flood a decoder that was not trained.
         preset: Name of a set of settings in the map, like `t5gemma-2-270m-270m`; the other options override it.
         keep_rows: Keep all rows of the embedding table, even if no id in use needs the last ones; the image token then
             keeps its id.
@@ -147,6 +116,14 @@ class PlanOptions(CommandOptions):
         ),
     ] = KEEP
     sliding_window: Annotated[int | None, Option("Window of sliding layers, in tokens.", default="the source's")] = None
+    encoder_norm: Annotated[
+        str,
+        Option(
+            "The encoder's final norm: keep, or the one factor that it multiplies by instead of its parent's, a number "
+            "or unit for 1.",
+            metavar="keep|unit|FACTOR",
+        ),
+    ] = KEEP
     preset: Annotated[
         str | None, Option("Use the settings of a release, for example t5gemma-2-270m-270m.", metavar="NAME")
     ] = None
@@ -188,6 +165,12 @@ class PlanOptions(CommandOptions):
         factor = parse_rope_scaling(scaling)
         return KEEP if factor is None else f"linear:{int(factor) if factor.is_integer() else factor}"
 
+    @field_validator("encoder_norm")
+    @classmethod
+    def _one_spelling_of_a_norm(cls, norm: str) -> str:
+        factor = parse_encoder_norm(norm)
+        return KEEP if factor is None else repr(factor).removesuffix(".0")
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.decoder_from is None and self.embedding_from != "source":
@@ -213,6 +196,11 @@ class PlanOptions(CommandOptions):
     def drops(self) -> frozenset[str]:
         """The options that enable drops in a map."""
         return frozenset({"drop_heads"} if self.drop_heads else ())
+
+    @property
+    def encoder_factor(self) -> float | None:
+        """The one factor of the encoder's final norm; None for its parent's factors."""
+        return parse_encoder_norm(self.encoder_norm)
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -286,27 +274,3 @@ class WriteOptions(CommandOptions):
 
 class ConvertOptions(WriteOptions, PlanOptions):
     """The options of a conversion: those that determine the output's bytes, and those for writing it."""
-
-
-def parse_rope_scaling(scaling: str) -> float | None:
-    """Return the factor of `--rope-scaling`; None for `keep`.
-
-    Raises:
-        UsageError: The text is malformed, or the factor is out of range.
-    """
-    if scaling == KEEP:
-        return None
-    kind, _, text = scaling.partition(":")
-    try:
-        factor = float(text) if kind == "linear" else math.nan
-    except ValueError:
-        factor = math.nan
-    if math.isnan(factor):
-        raise UsageError(
-            f"unknown --rope-scaling {scaling!r}", hint=f"expected {KEEP}, or linear:F, for example linear:8"
-        )
-    if not 1 / MAX_INTEGER <= factor <= MAX_INTEGER:
-        raise UsageError(
-            f"the factor of --rope-scaling must be between 1/{MAX_INTEGER} and {MAX_INTEGER}, got {factor}"
-        )
-    return factor

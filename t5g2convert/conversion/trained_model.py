@@ -32,7 +32,8 @@ from t5g2convert.checkpoint.sources import SOURCE
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, held
 from t5g2convert.checkpoint.training_record import AdaptationRecord
 from t5g2convert.conversion.assets.aux_files import copied
-from t5g2convert.conversion.options import KEEP, Dtype, PlanOptions
+from t5g2convert.conversion.option_values import KEEP
+from t5g2convert.conversion.options import Dtype, PlanOptions
 from t5g2convert.conversion.plan.types import (
     Change,
     Content,

@@ -137,7 +137,9 @@ def resolve(
     rows = [row for row in weight_map.weights if row.applies(model.features)]
     drops = [drop for drop in weight_map.drop if drop.applies(model.features)]
     views = _views(loaded, rows, drops, checkpoints, models, dims, others)
-    targets, dropped = _resolve_rows(loaded, model, rows, drops, views, stack_sources.table, layers, drop_options)
+    targets, dropped = _resolve_rows(
+        loaded, model, rows, drops, views, stack_sources.table, layers, drop_options, stack_sources.encoder_norm
+    )
     return Resolution(
         model=model,
         checkpoints=checkpoints,
@@ -197,6 +199,7 @@ def _resolve_rows(
     table: Role,
     layers: Layers,
     drop_options: Collection[str],
+    encoder_norm: float | None,
 ) -> tuple[tuple[Resolved, ...], tuple[ResolvedDrop, ...]]:
     """Return every target tensor, and the source's dropped tensors.
 
@@ -208,7 +211,7 @@ def _resolve_rows(
     layout = {**(views[VISION_FROM].layout if VISION_FROM in views else {}), **views[SOURCE].layout}
     tensors = {name: tensor for view in views.values() for name, tensor in view.problems.checkpoint.tensors.items()}
     refuse_overlaps(loaded, model.features, layout, prefixes, views[SOURCE].dims, tensors)
-    targets = tuple(_targets(rows, views, prefixes, table, layers))
+    targets = tuple(_targets(rows, views, prefixes, table, layers, encoder_norm))
     dropped = tuple(_dropped(drops, views[SOURCE], drop_options))
     for role, view in views.items():
         view.problems.raise_any(loaded.map, whole=role == SOURCE)
@@ -216,7 +219,12 @@ def _resolve_rows(
 
 
 def _targets(
-    rows: Sequence[Row], views: Mapping[Role, SourceView], prefixes: Mapping[str, str], table: Role, layers: Layers
+    rows: Sequence[Row],
+    views: Mapping[Role, SourceView],
+    prefixes: Mapping[str, str],
+    table: Role,
+    layers: Layers,
+    encoder_norm: float | None,
 ) -> Iterator[Resolved]:
     for row in _source_rows(rows, views):
         check_row(row, views[SOURCE])
@@ -225,7 +233,9 @@ def _targets(
             check_row(row, views[role])
         for part, pattern in row.targets:
             role = role_of(part, views, table=table)
-            yield from resolve_target(row, part, pattern, views[role], prefixes, layers.get(part))
+            factor = encoder_norm if row.encoder_norm and part == "encoder" else None
+            for item in resolve_target(row, part, pattern, views[role], prefixes, layers.get(part)):
+                yield replace(item, factor=factor)
 
 
 def _dropped(drops: Iterable[Drop], source: SourceView, drop_options: Collection[str]) -> Iterator[ResolvedDrop]:

@@ -24,6 +24,7 @@ class Resolved:
     source: StoredTensor | None
     shape: tuple[int, ...]
     role: Role
+    factor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,11 @@ def resolve_target(
 
 def unused_sources(rows: Iterable[Row], source: SourceView, targets: Iterable[Resolved]) -> Iterator[UnusedSource]:
     """Yield the source tensors that rows carry but that no target uses, because of an option."""
-    used = {item.source.entry.name for item in targets if item.source is not None and item.role == SOURCE}
+    used = {
+        item.source.entry.name
+        for item in targets
+        if item.source is not None and item.role == SOURCE and item.factor is None
+    }
     for row in rows:
         if row.from_ is None or not row.op.carries:
             continue
@@ -125,6 +130,8 @@ def unused_sources(rows: Iterable[Row], source: SourceView, targets: Iterable[Re
             if tensor is None or name in used:
                 continue
             because = "the decoder is another checkpoint's" if layer is None else f"no stack takes layer {layer}"
+            if row.encoder_norm:
+                because += ", and the encoder's final norm is replaced"
             if EMBEDDING in row.to:
                 because = "the embedding table is the decoder's parent's"
             yield UnusedSource(tensor, because)

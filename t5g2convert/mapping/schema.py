@@ -151,6 +151,9 @@ class Row(Declaration):
     merged_attention: bool = Field(
         default=False, description="The decoder's merged self- and cross-attention uses this self-attention tensor."
     )
+    encoder_norm: bool = Field(
+        default=False, description="The encoder's tensor is its final norm, which --encoder-norm may replace."
+    )
     when: Feature | None = Field(default=None, description="The row applies only to sources with this feature.")
 
     @property

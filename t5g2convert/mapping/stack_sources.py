@@ -25,6 +25,8 @@ class StackSources:
         table: The role of the checkpoint that gives the embedding table.
         layers: The layers of each stack.
         rows: Rows of the target's embedding table; None for the number that the map keeps.
+        encoder_norm: The one factor by which the encoder's final norm multiplies, instead of its parent's; None for its
+            parent's.
     """
 
     others: Mapping[Role, Checkpoint] = field(default_factory=dict)
@@ -32,6 +34,7 @@ class StackSources:
     table: Role = SOURCE
     layers: Layers = field(default_factory=dict)
     rows: int | None = None
+    encoder_norm: float | None = None
 
 
 SOURCE_ONLY: Final = StackSources()
@@ -44,7 +47,7 @@ SHARED_VALUES: Final = ("attention_dropout",)
 
 
 def check_map(weight_map: WeightMap, stack_sources: StackSources) -> None:
-    """Refuse a map that gives both stacks the source's settings if an option requires different ones.
+    """Refuse a map that lacks what an option needs: settings for each stack, or the encoder's final norm.
 
     Raises:
         MappingError: The map does not fit the option, which the error names.
@@ -56,6 +59,8 @@ def check_map(weight_map: WeightMap, stack_sources: StackSources) -> None:
         if not has_value(weight_map.config, f"{part}.num_hidden_layers"):
             reason = f"its target has no {part} settings of its own"
             raise MappingError(f"{option} cannot be used with mapping {weight_map.name!r}: {reason}")
+    if stack_sources.encoder_norm is not None and not any(row.encoder_norm for row in weight_map.weights):
+        raise MappingError(f"--encoder-norm cannot be used with mapping {weight_map.name!r}: no row has encoder_norm")
 
 
 def check_fit(

@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.checkpoint.file_names import PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from t5g2convert.errors import MappingError
 from t5g2convert.mapping.name_patterns import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
-from t5g2convert.mapping.operations import Aligned, ScaledRow, TakeRows, Zeros
+from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.schema import Drop, Row, TokenizerFiles, WeightMap
 from t5g2convert.mapping.source_families import FAMILIES, source_variants
 from t5g2convert.mapping.strictyaml import Document, NodePath, load_yaml
@@ -274,6 +274,8 @@ def _row_faults(row: Row, weight_map: WeightMap, dims: set[str], at: NodePath) -
         yield "take_rows needs a table: a shape of at least one size", (*at, "shape"), None
     if row.merged_attention and not {"encoder", "decoder"} <= row.to.keys():
         yield "merged_attention needs targets in both stacks", (*at, "merged_attention"), None
+    if row.encoder_norm and ("encoder" not in row.to or len(row.shape) != 1 or not isinstance(row.op, Copy)):
+        yield "encoder_norm needs a copied vector with a target in the encoder", (*at, "encoder_norm"), None
 
 
 def _drop_faults(drop: Drop, roots: Mapping[str, list[str]], dims: set[str], at: NodePath) -> Iterator[Fault]:

@@ -218,8 +218,13 @@ def _inside_layer(
     return "the sums after attention and MLP"
 
 
-def normed_states(source: Stack, track: Track) -> list[tuple[Tensor, Tensor]]:
+def normed_states(source: Stack, track: Track, factor: float | None = None) -> list[tuple[Tensor, Tensor]]:
     """Return the states after the last norm of both models, without padding, and record their difference.
+
+    Args:
+        source: The source's stack.
+        track: The target's.
+        factor: The one factor that the target's norm must have instead of the source's.
 
     Raises:
         CheckpointError: The source's own states are not finite.
@@ -229,7 +234,7 @@ def normed_states(source: Stack, track: Track) -> list[tuple[Tensor, Tensor]]:
     difference = Difference()
     states = []
     for pair in track.pairs:
-        expected_NC = source.norm(pair.expected.hidden_BTC[pair.kept_BT])
+        expected_NC = source.norm(pair.expected.hidden_BTC[pair.kept_BT], factor)
         found_NC = track.stack.norm(pair.found.hidden_BTC[pair.kept_BT])
         difference.add(expected_NC, found_NC)
         states.append((expected_NC, found_NC))

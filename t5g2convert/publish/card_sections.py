@@ -122,6 +122,11 @@ def _differences(content: CardContent) -> Iterator[str]:
         yield "Its decoder has only some of its parent's layers, so it does not compute what its parent computes."
     if "encoder_layers" in options:
         yield "Its encoder has only some of the source's layers."
+    if "encoder_norm" in options:
+        yield (
+            f"The final norm of its encoder multiplies by {options['encoder_norm']} everywhere, not by the factors of "
+            "the source's norm."
+        )
     if "decoder_from" in roles:
         embedding = ROLES["decoder_from" if options.get("embedding_from") == "decoder-from" else "source"]
         yield (

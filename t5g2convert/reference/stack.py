@@ -93,10 +93,19 @@ class Stack:
             lambda: self.layer_class(self.settings, self.kernel), f"{self.prefix}layers.{number}."
         )
 
-    def norm(self, x_BTC: Tensor) -> Tensor:
-        """Apply the norm after the last layer."""
-        settings = self.settings
-        norm = self.weights.module(lambda: RMSNorm(settings.hidden_size, settings.rms_norm_eps), f"{self.prefix}norm.")
+    def norm(self, x_BTC: Tensor, factor: float | None = None) -> Tensor:
+        """Apply the norm after the last layer.
+
+        Args:
+            x_BTC: The states, [..., C].
+            factor: Multiply by this instead of the checkpoint's factors; 1 less is rounded as a conversion does.
+        """
+        settings, name = self.settings, f"{self.prefix}norm."
+        if factor is None:
+            norm = self.weights.module(lambda: RMSNorm(settings.hidden_size, settings.rms_norm_eps), name)
+        else:
+            norm = RMSNorm(settings.hidden_size, settings.rms_norm_eps)
+            norm.weight = nn.Parameter(self.weights.like(f"{name}weight", factor - 1), requires_grad=False)
         return norm(x_BTC)
 
     def rotations(self, start: int, stop: int, dtype: torch.dtype) -> dict[LayerType, Rotation]:

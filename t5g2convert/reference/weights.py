@@ -82,6 +82,11 @@ class Weights:
             self._tensors[name] = tensor
         return tensor
 
+    def like(self, name: str, value: float) -> Tensor:
+        """Return one value in the shape of a tensor, rounded to float32 and then to the dtype that was converted to."""
+        stored = self._stored(name)
+        return self._cast(torch.full(stored.entry.shape, value).to(self.rounded_to or DTYPES[stored.entry.dtype]))
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop` of a table, [stop - start, width].
 
@@ -160,8 +165,10 @@ class Weights:
         """Return bytes `start` to `end` of a tensor, flat, in the dtype and on the device of these weights."""
         buffer = torch.empty(end - start, dtype=torch.uint8)
         read_exactly(self.checkpoint, stored, start, buffer)
-        tensor = buffer.view(DTYPES[stored.entry.dtype]).to(device=self.device, dtype=self.rounded_to)
-        return tensor.to(self.dtype)
+        return self._cast(buffer.view(DTYPES[stored.entry.dtype]))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self.device, dtype=self.rounded_to).to(self.dtype)
 
 
 def read_exactly(checkpoint: Checkpoint, stored: StoredTensor, start: int, buffer: Tensor) -> None:

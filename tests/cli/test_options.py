@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.cli.options import with_options
 from t5g2convert.command_options import CommandOptions, Option
-from t5g2convert.conversion import options
+from t5g2convert.conversion import option_values
 from t5g2convert.errors import UsageError
 from tests.cli.commandline import CommandLine
 from tests.processes.small_shards import SMALLEST_FOR_USERS
@@ -21,7 +21,7 @@ from tests.processes.small_shards import SMALLEST_FOR_USERS
 def test_a_shard_below_1_mb_is_exit_2_and_says_how_sizes_are_written(
     t5g2: CommandLine, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
-    monkeypatch.setattr(options, "SMALLEST_SHARD", SMALLEST_FOR_USERS)
+    monkeypatch.setattr(option_values, "SMALLEST_SHARD", SMALLEST_FOR_USERS)
     for command in (
         ["plan", demo_source],
         ["convert", demo_source, tmp_path / "out"],
@@ -55,9 +55,9 @@ def test_a_shard_below_1_mb_is_exit_2_and_says_how_sizes_are_written(
     ],
 )
 def test_sizes_are_decimal_with_b_and_binary_with_ib(text: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "SMALLEST_SHARD", SMALLEST_FOR_USERS)
+    monkeypatch.setattr(option_values, "SMALLEST_SHARD", SMALLEST_FOR_USERS)
     assert SMALLEST_FOR_USERS == 10**6
-    assert options.parse_shard_size(text) == size
+    assert option_values.parse_shard_size(text) == size
 
 
 class EverythingOptions(CommandOptions):

@@ -3,11 +3,11 @@
 Real shards are at least 1 MB. Importing this module is enough.
 """
 
-from t5g2convert.conversion import options
+from t5g2convert.conversion import option_values
 
-SMALLEST_FOR_USERS = options.SMALLEST_SHARD
+SMALLEST_FOR_USERS = option_values.SMALLEST_SHARD
 
-options.SMALLEST_SHARD = 1
+option_values.SMALLEST_SHARD = 1
 
 if __name__ == "__main__":
     from t5g2convert.__main__ import main

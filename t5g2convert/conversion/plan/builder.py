@@ -16,7 +16,8 @@ from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.assets.aux_files import plan_files
 from t5g2convert.conversion.assets.generation_config import generation_config, given_generation
-from t5g2convert.conversion.options import KEEP, TABLES, PlanOptions
+from t5g2convert.conversion.option_values import KEEP
+from t5g2convert.conversion.options import TABLES, PlanOptions
 from t5g2convert.conversion.plan.changes import declared_changes, target_values
 from t5g2convert.conversion.plan.drafts import Draft, draft_tensor, whole_range
 from t5g2convert.conversion.plan.notes import has_head, plan_notes, tied
@@ -85,7 +86,9 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
     table = TABLES[options.embedding_from]
     tokenizer = Tokenizer(sources.source)
     kept = kept_rows(weight_map, sources.by_role, table, tokenizer, keep=options.keep_rows)
-    stack_sources = StackSources(sources.others, options.projector, table, options.layers, kept.rows)
+    stack_sources = StackSources(
+        sources.others, options.projector, table, options.layers, kept.rows, options.encoder_factor
+    )
     resolution = resolve(loaded, sources.source, stack_sources, drop_options=options.drops)
     _check_requirements(loaded, resolution, options)
     _check_heads(resolution)

@@ -7,7 +7,8 @@ from t5g2convert.checkpoint.families.config_section import MAX_INTEGER
 from t5g2convert.checkpoint.families.registry import target_of
 from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.sources import DECODER_FROM, ROLES, SOURCE, VISION_FROM, Role, role_in
-from t5g2convert.conversion.options import PlanOptions, parse_rope_scaling
+from t5g2convert.conversion.option_values import parse_rope_scaling
+from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.conversion.plan.drafts import Draft
 from t5g2convert.conversion.plan.types import Change
 from t5g2convert.errors import MappingError

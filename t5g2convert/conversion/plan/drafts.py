@@ -1,5 +1,6 @@
 """Target tensors with their contents, before they are assigned to shards."""
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,9 @@ def draft_tensor(
     source_dtype = "" if item.source is None else item.source.entry.dtype
     target_dtype = cast_to or source_dtype
     match operation:
+        case Copy() if item.factor is not None:
+            # All norms of these families multiply by 1 + weight.
+            content = Content("filled", None, target_dtype, value=_float32(item.factor - 1))
         case Copy() | TakeRows():
             assert item.source is not None, "the schema gives every row but zeros a source"
             start = item.source.entry.start
@@ -66,10 +70,16 @@ def draft_tensor(
         item.part,
         target_dtype,
         item.shape,
-        None if item.source is None else named(item.role, item.source.entry.name),
+        None if item.source is None or item.factor is not None else named(item.role, item.source.entry.name),
         content,
         item.row.merged_attention,
     )
+
+
+def _float32(value: float) -> float:
+    """Round to float32, so that another dtype is reached by the same two roundings everywhere."""
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    return float(rounded)
 
 
 def _scaled_row(operation: ScaledRow, item: Resolved, source: StoredTensor, dims: Mapping[str, int]) -> Content:

@@ -13,7 +13,8 @@ from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.conversion.assets.generation_config import given_generation
-from t5g2convert.conversion.options import KEEP, SMALLEST_WINDOW, PlanOptions
+from t5g2convert.conversion.option_values import KEEP
+from t5g2convert.conversion.options import SMALLEST_WINDOW, PlanOptions
 from t5g2convert.conversion.plan.changes import setting
 from t5g2convert.conversion.plan.drafts import Draft
 from t5g2convert.conversion.plan.layer_spec import with_full_attention, written
@@ -56,6 +57,7 @@ def plan_notes(
         for name in weight_map.presets[options.preset].assumed:
             yield f"preset {options.preset}: the release's {name} is not established"
     yield from _layers(resolution, config)
+    yield from _encoder_norm(options)
     yield from _decoder(resolution)
     yield from _images(resolution, drafts)
     if config["model_type"] == t5gemma.MODEL_TYPE and resolution.values.get("attn_logit_softcapping"):
@@ -186,6 +188,11 @@ def _comparison(drop: ResolvedDrop) -> str:
     one, other = drop.tensor.entry, drop.equals.entry
     dtypes = "" if one.dtype == other.dtype else f" ({one.dtype} against {other.dtype}, by value)"
     return f"; it must equal {named(drop.role, other.name)}{dtypes}, which convert checks before writing"
+
+
+def _encoder_norm(options: PlanOptions) -> Iterator[str]:
+    if (factor := options.encoder_factor) is not None:
+        yield (f"the encoder's final norm multiplies by {factor:g} everywhere, not by its parent's factors")
 
 
 def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequence[Change]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from t5g2convert.conversion.assets.aux_files import PlannedFile, downloaded
 from t5g2convert.conversion.assets.tokenizer import TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem
 
-ContentKind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given", "merged"]
+ContentKind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "filled", "given", "merged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +74,20 @@ class Content:
     """The content of a target tensor.
 
     Attributes:
-        kind: copy (the bytes unchanged), cast (element by element), scaled_row (the range is one row), zeros, aligned
-            (the range is a projector, mapped into another space), given (trained values that are passed to the
-            writer; see `conversion.trained_model`), or merged (the range plus an adapter's product, also passed).
-        source: The bytes to read; None for zeros and for given values.
+        kind: copy (the bytes unchanged), cast (element by element), scaled_row (the range is one row), zeros, filled
+            (with one value), aligned (the range is a projector, mapped into another space), given (trained values that
+            are passed to the writer; see `conversion.trained_model`), or merged (plus an adapter's product, passed).
+        source: The bytes to read; None for zeros, one value, and given values.
         dtype: The safetensors dtype of those bytes.
         alignment: The inputs of an aligned projector.
+        value: The value of a filled tensor, before it is rounded to the tensor's dtype.
     """
 
     kind: ContentKind
     source: SourceRange | None
     dtype: str
     alignment: PlannedAlignment | None = None
+    value: float | None = None
 
     @property
     def spans(self) -> tuple[SourceRange, ...]:
@@ -344,4 +346,5 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
         "content": tensor.content.kind,
         "source": None if source is None else _range_json(source),
         **({} if alignment is None else {"alignment": _alignment_json(alignment)}),
+        **({} if tensor.content.value is None else {"value": tensor.content.value}),
     }

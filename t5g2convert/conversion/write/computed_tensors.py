@@ -1,4 +1,4 @@
-"""The tensors of a plan that are not copied: zeros, a scaled row, an aligned projector, trained or merged values."""
+"""The tensors of a plan that are not copied: zeros, one value, a scaled row, an aligned projector, trained values."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,6 +47,8 @@ def write_computed(
         CheckpointError: A source cannot be read, or values are NaN, infinite, or too large for the dtype.
         OutputError: The disk is full or fails.
     """
+    import numpy as np
+
     residual = None
     _write_values(plan, values, shards, progress)
     for tensor in plan.tensors:
@@ -57,6 +59,8 @@ def write_computed(
         if content.kind == "scaled_row" and content.source is not None:
             row = read_range(sources, content.source, 0, content.source.end - content.source.start)
             data = scaled_row(bytes(row), content.dtype, tensor.dtype)
+        elif content.value is not None:
+            data = rounded(tensor.name, np.full(tensor.shape, content.value), tensor.dtype)
         elif content.alignment is not None and content.source is not None:
             data, residual = _aligned(tensor, content.alignment, content.source, sources, progress)
         with output_errors(Path(tensor.shard)):

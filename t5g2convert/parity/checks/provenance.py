@@ -135,6 +135,7 @@ def _summary(
         "cast": f"are {{owner}} in {plan.dtype}, as declared",
         "scaled_row": "is a row of {it}, scaled",
         "zeros": "is zeros" if kinds["zeros", SOURCE] == 1 else "are zeros",
+        "filled": "has one value, as declared",
         "aligned": f"is {{owner}}, aligned ({', '.join(map(_residual, residuals))})",
         "given": "tensors were trained and are finite; their values are not judged",
         "merged": "tensors are {owner} plus the adapter's product, rounded once",

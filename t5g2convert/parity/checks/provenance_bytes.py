@@ -135,6 +135,8 @@ def _byte_faults(
 
 def _expected(content: Content, tensor: PlannedTensor, folders: Folders, at: int, size: int, read: ReadRange) -> bytes:
     """Return the expected bytes of a target for `size` bytes of its source."""
+    if content.value is not None:
+        return _bytes(torch.full((size // element_bytes(tensor.dtype),), content.value).to(DTYPES[tensor.dtype]))
     if content.source is None:
         return bytes(size)
     piece = read(folders.path(content.source.file), content.source.start + at, size)
@@ -157,6 +159,7 @@ def _byte_fault(tensor: PlannedTensor, expected: bytes, found: bytes, start: int
         index.append(element % extent)
         element //= extent
     verb = {"copy": "is not", "cast": "is not the rounded", "scaled_row": "is not the scaled", "zeros": "is not zero:"}
+    verb["filled"] = "is not the declared value"
     origin = f" {tensor.origin}" if tensor.origin is not None else ""
     return f"{tensor.name}{index[::-1]} {verb[tensor.content.kind]}{origin}"
 

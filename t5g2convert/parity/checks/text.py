@@ -32,10 +32,12 @@ class ExpectedStack:
     Attributes:
         gemma: Gemma 3, with the embedding table that the target has.
         layers: The numbers of its layers: layer i of the stack is layer `layers[i]` of Gemma 3.
+        norm: The one factor of its final norm; None for Gemma 3's norm.
     """
 
     gemma: Gemma3Reference
     layers: tuple[int, ...]
+    norm: float | None = None
 
     @classmethod
     def whole(cls, gemma: Gemma3Reference) -> "ExpectedStack":
@@ -104,7 +106,7 @@ def judge_text(
         return Check("decoder_parity", False, unequal), Check("encoder_parity", False, unequal)
     return (
         judge_decoder(decoder_from.gemma.text, decoder, batch, tolerance),
-        judge_encoder(encoder_from.gemma.text, encoder, batch, images, tolerance),
+        judge_encoder(encoder_from.gemma.text, encoder, batch, images, tolerance, norm=encoder_from.norm),
     )
 
 
@@ -160,6 +162,7 @@ def judge_encoder(
     *,
     masks: str = "causal masks",
     besides: str = "",
+    norm: float | None = None,
 ) -> Check:
     """Compare the normed states after all layers.
 
@@ -171,13 +174,15 @@ def judge_encoder(
         tolerance: Largest relative difference that passes.
         masks: The masks, for the detail.
         besides: Other things that are compared, for the detail.
+        norm: The one factor of the encoder's final norm; None for the source's norm.
     """
     difference = Difference()
-    for expected_NC, found_NC in normed_states(source, track):
+    for expected_NC, found_NC in normed_states(source, track, norm):
         difference.add(expected_NC, found_NC)
     passed = difference.within(tolerance)
     seen = " and with an image" if images is not None else ""
-    detail = f"states under {masks}, {int(batch.kept_BT.sum())} tokens{seen}{besides}: {difference}"
+    normed = "" if norm is None else f", with the declared final norm of {norm:g}"
+    detail = f"states under {masks}, {int(batch.kept_BT.sum())} tokens{seen}{besides}{normed}: {difference}"
     if not passed:
         detail += f"; departs at {track.departs}"
     return Check(

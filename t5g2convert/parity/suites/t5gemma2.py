@@ -124,8 +124,9 @@ def _expected_stacks(verification: Verification[Gemma3Source]) -> ExpectedStacks
             encoder = encoder.with_table_of(decoder)
         else:
             decoder = decoder.with_table_of(encoder)
+    norm = float(options["encoder_norm"]) if "encoder_norm" in options else None
     return ExpectedStacks(
-        ExpectedStack(encoder, taken_layers("encoder", len(encoder.text), options)),
+        ExpectedStack(encoder, taken_layers("encoder", len(encoder.text), options), norm),
         ExpectedStack(decoder, taken_layers("decoder", len(decoder.text), options)),
     )
 
