@@ -24,7 +24,7 @@ BLANK: Final = "\n\n"
 """What Gemma 3's processor puts on both sides of an image."""
 
 MOST_REPEATED: Final = 64
-"""Most characters of the inputs of one conversation, in documents of the largest length: a gigabyte."""
+"""Most characters of all inputs of one conversation, in documents of the largest length: a gigabyte."""
 
 
 def template_sha256(model: Path) -> str:
@@ -84,10 +84,17 @@ class PairMaker:
         if (last := messages[-1]["role"]) != "assistant":
             raise ValueError(f"ends with a message of {last!r}, expected one of 'assistant' to learn")
         # An answer to nothing cannot be learnt; it may begin a conversation.
-        turns = [number for number, message in enumerate(messages) if number and message["role"] == "assistant"]
+        answers = [number for number, message in enumerate(messages) if number and message["role"] == "assistant"]
+        turns = [number for number in answers if messages[number].get("weight") != 0]
+        if answers and not turns:
+            raise ValueError("has only answers of weight 0, which are not to be learnt")
         if not turns:
             raise ValueError("has only an answer, but no message before it")
         every = self._all_turns and not row.only_last
+        if not every and turns[-1] != answers[-1]:
+            raise ValueError(
+                "ends with an answer of weight 0, which is not to be learnt; --all-turns learns the others"
+            )
         if every and len(turns) * len(repr(messages)) > MOST_REPEATED * LONGEST:
             raise ValueError(f"is too long for {len(turns)} pairs that each repeat all before them; split it")
         return [self._turn(row, number, named=every) for number in (turns if every else turns[-1:])]

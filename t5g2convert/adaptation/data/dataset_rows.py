@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from t5g2convert.adaptation.data.documents import imported
+from t5g2convert.adaptation.data.messages import without_nulls
 from t5g2convert.adaptation.data.rows import Columns, Row, row_of
 from t5g2convert.checkpoint.hub.hub_errors import network_error, without_token
 from t5g2convert.errors import DataError, T5g2Error
@@ -39,7 +40,8 @@ def read_dataset(name: str, split: str, columns: Columns | str, subset: str | No
         for number, row in enumerate(loaded, 1):
             if not columns.fitting(row):
                 raise DataError(columns.absence(row, "column "), where=where)
-            yield row_of(f"{where}:{number}", row, columns, folder)
+            values = {column: without_nulls(value) for column, value in row.items()}
+            yield row_of(f"{where}:{number}", values, columns, folder)
     except T5g2Error:
         raise
     except Exception as error:  # noqa: BLE001 - the library and the readers below it raise anything

@@ -76,6 +76,11 @@ class DocumentBatches:
             self._note_mark()
             yield batch
 
+    @property
+    def sha256(self) -> str:
+        """The sha256 of all rows so far, hexadecimal."""
+        return self._input.sha256
+
     def next_mark(self) -> Mark:
         """Return how far the input was read at the end of a batch; to be called once for each batch, in order."""
         return self._marks.popleft()

@@ -15,7 +15,8 @@ from typing import IO, Any, Final
 
 from t5g2convert.adaptation.data.csv_rows import csv_rows
 from t5g2convert.adaptation.data.image_columns import IMAGE_KEYS, image_keys
-from t5g2convert.adaptation.data.rows import LONGEST, TOOLS, Columns, Document, Fault, Row, checked_document, row_of
+from t5g2convert.adaptation.data.messages import without_nulls
+from t5g2convert.adaptation.data.rows import BESIDE, LONGEST, Columns, Document, Fault, Row, checked_document, row_of
 from t5g2convert.errors import DataError, UsageError
 from t5g2convert.progress import Progress
 
@@ -199,7 +200,7 @@ def _read_parquet(path: Path, columns: Columns, progress: Progress) -> Iterator[
                 raise DataError(columns.absence(names, "column "), where=path)
             if twice := [name for name in names if names.count(name) > 1]:
                 raise DataError(f"has the column {twice[0]!r} twice", where=path)
-            wanted = {key for form in forms for key in form.keys} | {*IMAGE_KEYS, TOOLS}
+            wanted = {key for form in forms for key in form.keys} | {*IMAGE_KEYS, *BESIDE}
             read = [name for name in names if name in wanted]
             rows, number = file.metadata.num_rows, 0
             for batch in file.iter_batches(batch_size=ROWS, columns=read):
@@ -217,7 +218,7 @@ def _parquet_row(where: str, row: Mapping[str, Any], columns: Columns, folder: P
         values = {name: value.as_py() for name, value in row.items()}
     except UnicodeDecodeError as error:
         return Fault(where, f"is not UTF-8: {error.reason} at byte {error.start}")
-    return row_of(where, values, columns, folder)
+    return row_of(where, {name: without_nulls(value) for name, value in values.items()}, columns, folder)
 
 
 def imported(name: str) -> Any:

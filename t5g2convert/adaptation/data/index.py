@@ -93,6 +93,13 @@ class SkippedEntry(_Section):
     sha256: Digest
 
 
+class AppendedEntry(_Section):
+    """What was appended last: the sha256 of the index before, and of the rows."""
+
+    existing: Digest
+    rows: Digest
+
+
 class TokensEntry(_Section):
     """Token ids of the model that the data was packed for."""
 
@@ -123,6 +130,7 @@ class Index(_Section):
     special: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Count]
     empty: Count
     skipped: SkippedEntry | None = None
+    appended: AppendedEntry | None = None
 
     @property
     def has_pair_files(self) -> bool:

@@ -84,7 +84,6 @@ _Read = tuple[dict[str, Any], list[ImageSource | None]]
 def _message(item: object, name: str, folder: Path | None, check_text: CheckText) -> _Read:
     if not isinstance(item, Mapping):
         raise ValueError(f"{name} is {'null' if item is None else f'of type {type(item).__name__}'}")
-    # Tables have all keys in all messages, most of them null.
     fields = {key: value for key, value in item.items() if value is not None}
     for other, key in (("from", "role"), ("value", "content")):
         if key not in fields and other in fields:
@@ -145,7 +144,7 @@ def _image(value: object, name: str, folder: Path | None) -> ImageSource:
 
 
 def checked_value(value: Any, name: str, check_text: CheckText, *, depth: int = 0) -> Any:
-    """Return a value of a message or tool after a check of all texts in it; keys with null are left out.
+    """Return a value of a message or tool after a check of all texts in it.
 
     Raises:
         ValueError: A text is not valid, a value has a type that JSON lacks, or it is nested too deeply.
@@ -156,15 +155,20 @@ def checked_value(value: Any, name: str, check_text: CheckText, *, depth: int = 
         return check_text(value, name)
     if isinstance(value, Mapping):
         return {
-            check_text(key, name): checked_value(each, name, check_text, depth=depth + 1)
-            for key, each in value.items()
-            if each is not None
+            check_text(key, name): checked_value(each, name, check_text, depth=depth + 1) for key, each in value.items()
         }
     if isinstance(value, list):
         return [checked_value(each, name, check_text, depth=depth + 1) for each in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     raise ValueError(f"{name} has a value of type {type(value).__name__}")
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of a table without the keys that are null: its objects have all keys of the column."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _placed(read: list[_Read], count: int) -> list[_Read]:

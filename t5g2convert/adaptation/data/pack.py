@@ -22,7 +22,7 @@ from t5g2convert.adaptation.data.document_encoder import (
     pair_limits,
 )
 from t5g2convert.adaptation.data.images import PLACEHOLDER
-from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, tokens_entry
+from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, AppendedEntry, Index, SkippedEntry, tokens_entry
 from t5g2convert.adaptation.data.output_files import HashedFile, OutputFiles
 from t5g2convert.adaptation.data.pack_journal import Deciding, Journal, Mark, PackState, counts_text, faults_text
 from t5g2convert.adaptation.data.packed import SKIPPED_FILE, Packed
@@ -38,6 +38,7 @@ from t5g2convert.conversion.output.staging import Staging
 from t5g2convert.errors import DataError, UsageError
 from t5g2convert.version import __version__
 
+LONG_HINT: Final = "--truncate skip leaves such pairs out, --truncate input cuts inputs"
 KEPT_HINT: Final = "what was packed is kept; --resume continues it with the same options and any --skip-bad"
 
 
@@ -146,6 +147,9 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Row | PairDocu
         packer = _Packer(files, encoder, batches, options)
         packer.start(existing, begun)
         packer.run(documents, journal)
+        if options.resume and begun is None and existing is not None and _is_there(existing, batches.sha256):
+            journal.remove()
+            return Packing(output, existing.index, existing.sha256, ("these documents were appended before",))
         index = packer.finish()
         text = index.model_dump_json(indent=1).encode() + b"\n"
         with HashedFile(staging.folder / INDEX_FILE) as file:
@@ -168,6 +172,12 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Row | PairDocu
 
 
 pack = takes_options(PackOptions)(pack_documents)
+
+
+def _is_there(existing: Packed, rows: str) -> bool:
+    """Return whether rows are what was appended last, by a run that was killed behind its commit."""
+    appended = existing.index.appended
+    return appended is not None and appended.rows == rows
 
 
 def _deciding(encoder: DocumentEncoder, options: PackOptions, existing: Packed | None) -> Deciding:
@@ -236,7 +246,9 @@ class _Packer:
             empty = self._batches.blank + self._empty - (0 if index is None else index.empty)
             too_long = self._too_long - (0 if index is None else index.pair.too_long)
             counts = f"{empty} empty" + f", {too_long} too long" * (too_long > 0)
-            raise DataError(f"no document has text ({counts})", hint="pass other input")
+            if skipped := len(self._batches.faults):
+                counts += f", {skipped} skipped"
+            raise DataError(f"no document can be packed ({counts})", hint="pass other input")
 
     def _state(self, mark: Mark, deciding: Deciding) -> PackState:
         """Return the state after the rows of a mark, when the system has all their bytes, or the disk."""
@@ -282,6 +294,9 @@ class _Packer:
             bos=self._encoder.bos,
             empty=self._batches.blank + self._empty,
             skipped=self._write_skipped(),
+            appended=None
+            if self._existing is None
+            else AppendedEntry(existing=self._existing.sha256, rows=self._batches.sha256),
             **self._files.finish(self._encoder.text.special, cut=self._cut, too_long=self._too_long),
         )
 
@@ -301,14 +316,14 @@ class _Packer:
 
 def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:
     if len(faults) == 1:
-        hint = "--skip-bad 1 packs the others"
-        if isinstance(faults[0], TooLong):
-            hint = "--truncate skip leaves such pairs out, --truncate input cuts inputs"
+        hint = LONG_HINT if isinstance(faults[0], TooLong) else "--skip-bad 1 packs the others"
         return DataError(faults[0].reason, where=faults[0].where, hint=hint)
     count = f"{len(faults)} documents" + " or more" * (len(faults) >= skip_bad + MAX_FAULTS)
     return DataError(
         f"{count} cannot be packed",
         where=faults[0].where,
-        hint=f"mend them, or skip up to N with --skip-bad N{f' (now {skip_bad})' if skip_bad else ''}",
+        hint=LONG_HINT
+        if all(isinstance(each, TooLong) for each in faults)
+        else f"mend them, or skip up to N with --skip-bad N{f' (now {skip_bad})' if skip_bad else ''}",
         details=[f"{it.where}: {it.reason}" for it in faults],
     )

@@ -222,6 +222,15 @@ class Journal:
             clear(self.path.parent, keep={JOURNAL_FILE, *state.files})
         return state
 
+    def remove(self) -> None:
+        """Remove the journal, so that nothing of this run is kept.
+
+        Raises:
+            OutputError: It cannot be removed.
+        """
+        with output_errors(self.path):
+            self.path.unlink(missing_ok=True)
+
     def _parsed(self) -> PackState:
         try:
             status = self.path.lstat()

@@ -16,6 +16,15 @@ memory per character, 2 GB at this limit (measured with tokenizers 0.23)."""
 TOOLS: Final = "tools"
 """The key of the tools that a conversation may call, for the chat template."""
 
+SYSTEM: Final = "system"
+"""The key of a conversation's system message, if that is not among its messages."""
+
+INSTRUCTION: Final = "instruction"
+"""The key that some data sets have beside an input; it is not read by itself."""
+
+BESIDE: Final = (TOOLS, SYSTEM, INSTRUCTION)
+"""The keys that a row may have beside those of its form."""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -186,7 +195,10 @@ def row_of(
         if form.kind == "text":
             return checked_document(where, row[form.keys[0]], images)
         if form.kind == "messages":
-            return ChatRow(where, conversation(row[form.keys[0]], images, folder, check_text), _tools(row))
+            messages = _with_system(row[form.keys[0]], row.get(SYSTEM))
+            return ChatRow(where, conversation(messages, images, folder, check_text), _tools(row))
+        if columns == Columns():
+            _refuse_unread(row, form)
         return _pair(where, row, form, images, folder)
     except ValueError as error:
         return Fault(where, str(error))
@@ -254,6 +266,33 @@ def _pair(
     if not source.strip() and not images:
         raise ValueError(f"{first!r} is empty; pack a text without an input as a document, with --column {second}")
     return PairRow(where, source, target, images)
+
+
+def _with_system(messages: Any, system: object) -> Any:
+    """Return messages with the system message that stands outside them, unless it is empty.
+
+    Raises:
+        ValueError: It is not a text, or the messages have one too.
+    """
+    if system is None or not isinstance(messages, list) or not check_text(system, repr(SYSTEM)).strip():
+        return messages
+    first = messages[0] if messages else None
+    if isinstance(first, Mapping) and SYSTEM in (first.get("role"), first.get("from")):
+        raise ValueError(f"has {SYSTEM!r}, and a message with this role")
+    return [{"role": SYSTEM, "content": system}, *messages]
+
+
+def _refuse_unread(row: Mapping[str, Any], form: Form) -> None:
+    """Refuse an instruction or a system message beside a pair of texts, which would be lost.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for key in (SYSTEM, INSTRUCTION):
+        if row.get(key):
+            raise ValueError(
+                f"has {key!r} beside {form}, which is not read: put it into the input, or choose with {form.option}"
+            )
 
 
 def _tools(row: Mapping[str, Any]) -> list[Any] | None:

@@ -97,7 +97,21 @@ def _environment() -> Any:
     from datetime import datetime
 
     from jinja2 import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.nodes import Node, Scope
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The block `{% generation %}`, by which templates mark answers: its content is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja's name and form
+
+        def parse(self, parser: Parser) -> Node:
+            line = next(parser.stream).lineno
+            scope = Scope(lineno=line)
+            scope.body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return scope
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -106,7 +120,7 @@ def _environment() -> Any:
         return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), **options)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

@@ -153,8 +153,8 @@ def test_an_append_that_does_not_fit_changes_nothing(
     refused(DataError, "was packed with --no-bos", bos=True)
     refused(UsageError, "either --append or --overwrite", overwrite=True)
     refused(OutputError, "exists and is not empty", append=False)
-    refused(DataError, r"no document has text \(0 empty\)", [])
-    refused(DataError, r"no document has text \(1 empty\)", [Document("a", " ")])
+    refused(DataError, r"no document can be packed \(0 empty\)", [])
+    refused(DataError, r"no document can be packed \(1 empty\)", [Document("a", " ")])
     refused(DataError, "is not UTF-8", [*text, Fault("b", "is not UTF-8")])
     other = tmp_path / "in/model"
     shutil.copytree(model, other)
@@ -215,7 +215,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_data(
         # Between two renames, the old data has the name of a work folder.
         assert contents(out if out.exists() else folder / ".out.t5g2-old") in (old, new)
         # The next packing puts old data back that was being replaced.
-        with pytest.raises(DataError, match="no document has text"):
+        with pytest.raises(DataError, match="no document can be packed"):
             pack(model, out, [], append=True, flush=False)
         assert contents(out) in (old, new)
         # Replaced data that was being removed goes at the next commit.
@@ -245,3 +245,18 @@ def test_an_interrupted_append_leaves_the_old_data(
         pack(model, out, stopped(), append=True, flush=False)
     assert contents(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_append_that_is_done_is_not_made_again_by_resume(model: Path, tmp_path: Path, given: Given) -> None:
+    out = tmp_path / "out"
+    pack(model, out, given[:6], flush=False)
+    done = pack(model, out, given[6:], append=True, resume=True, flush=False)
+    before = contents(out)
+    again = pack(model, out, given[6:], append=True, resume=True, flush=False)
+    assert again.notes == ("these documents were appended before",)
+    assert (again.sha256, again.index) == (done.sha256, done.index)
+    assert contents(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    # Other documents are new, and so are the same without --resume.
+    assert pack(model, out, given[5:], append=True, resume=True, flush=False).sha256 != done.sha256
+    assert pack(model, out, given[5:], append=True, flush=False).index.pair.documents > done.index.pair.documents

@@ -14,6 +14,8 @@ from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.pairs import Pair
 from t5g2convert.adaptation.data.rows import Columns, Row, row_of
+from t5g2convert.errors import DataError
+from t5g2convert.reference.generation.chat_template import ChatTemplate
 from t5g2convert.reference.generation.generator import Generator, Prompt
 from t5g2convert.reference.options import GenerateOptions
 from tests.conftest import TwinFolder
@@ -143,3 +145,33 @@ def test_a_plain_input_is_what_generate_reads(small: Path, tmp_path: Path) -> No
     (pair,) = Packed.open(tmp_path / "out").pairs
     # The demo's tokenizer has no rule that puts bos before a text; Gemma's has one.
     assert pair.source.tolist() == [2, *generator.row(Prompt("a b\n")).encoder]
+
+
+def test_answers_of_weight_0_are_not_learnt(model: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "a", "weight": 0}]
+    last = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ab ab", "weight": 1}]
+    (pair,) = packed(model, tmp_path / "weighed", [*turns, *last], all_turns=True)
+    (alone,) = packed(model, tmp_path / "alone", [*turns, *last])
+    assert (pair.source.tolist(), pair.target.tolist()) == (alone.source.tolist(), alone.target.tolist())
+    for conversation, reason in (
+        ([*last, *turns], "ends with an answer of weight 0"),
+        (turns, "only answers of weight 0"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            packed(model, tmp_path / "refused", conversation)
+
+
+def test_templates_that_mark_answers_render_the_same(model: Path, tmp_path: Path) -> None:
+    marked = TEMPLATE.replace(
+        "        {{ message['content'] | trim }}\n",
+        "{%- generation -%}{{ message['content'] | trim }}{%- endgeneration -%}\n",
+    )
+    assert marked != TEMPLATE
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(marked)
+    plain, other = (ChatTemplate(folder) for folder in (model, tmp_path / "model"))
+    theirs = AutoProcessor.from_pretrained(tmp_path / "model")
+    for messages in CONVERSATIONS[:3]:
+        expected = plain.render_messages(list(messages), answer_next=False)
+        assert other.render_messages(list(messages), answer_next=False) == expected
+        assert theirs.apply_chat_template(list(messages), tokenize=False) == expected

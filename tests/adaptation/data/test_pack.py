@@ -148,7 +148,7 @@ def test_empty_documents_are_skipped_and_counted(model: Path, tmp_path: Path) ->
     done = pack_texts(model, tmp_path / "out", ["", "a", " \n\t", "b"])
     assert (done.index.empty, done.index.text.documents) == (2, 2)
     for texts in ([], ["", " "]):
-        with pytest.raises(DataError, match=rf"no document has text \({len(texts)} empty\)"):
+        with pytest.raises(DataError, match=rf"no document can be packed \({len(texts)} empty\)"):
             pack_texts(model, tmp_path / "other", texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

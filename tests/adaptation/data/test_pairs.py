@@ -19,7 +19,7 @@ from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.pair_documents import PairDocument
-from t5g2convert.adaptation.data.rows import Columns, Document, Fault, PairRow
+from t5g2convert.adaptation.data.rows import ChatRow, Columns, Document, Fault, PairRow, row_of
 from t5g2convert.adaptation.data.shown import first_samples
 from t5g2convert.errors import CheckpointError, DataError, UsageError
 from tests.folders import contents
@@ -519,6 +519,10 @@ def test_pairs_that_are_too_long(model: Path, folder: Path) -> None:
         "2: its target has 4 tokens, more than 3",
         "3: its input has 13 tokens, more than 5",
     ]
+    with pytest.raises(DataError, match="--truncate skip leaves such pairs out"):
+        packed_rows(model, folder, *rows, max_input=5, max_target=3, flush=False)
+    with pytest.raises(DataError, match=r"no document can be packed \(0 empty, 1 skipped\)"):
+        packed_rows(model, folder, {"input": "a", "target": ""}, skip_bad=1, flush=False)
     done = packed_rows(model, folder, *rows, max_input=5, max_target=3, truncate="skip", flush=False)
     assert (done.index.pair.documents, done.index.pair.too_long, done.index.skipped) == (1, 3, None)
     assert done.to_json()["too_long"] == 3
@@ -533,7 +537,7 @@ def test_pairs_that_are_too_long(model: Path, folder: Path) -> None:
     assert names_of(model, done.output)[0][0] == ["<bos>", *IMAGE, "\n", "\n", "b"]
     assert images(folder) == [[(folder / "red.png").read_bytes()]]
     assert "its target has 4 tokens" in fault(model, folder, rows[1], max_target=3, truncate="input")
-    with pytest.raises(DataError, match=r"no document has text \(0 empty, 1 too long\)"):
+    with pytest.raises(DataError, match=r"no document can be packed \(0 empty, 1 too long\)"):
         packed_rows(model, folder, rows[0], max_input=5, truncate="skip", flush=False)
     with pytest.raises(UsageError, match="--max-target is 513, but the model reads at most 512 tokens"):
         packed_rows(model, folder, rows[0], max_target=513)
@@ -584,3 +588,41 @@ def test_a_faulty_worker_result_is_passed_on_as_it_is() -> None:
     found = pickle.loads(pickle.dumps(document_encoder.TooLong("a:1", "too long")))
     assert isinstance(found, document_encoder.TooLong)
     assert found == document_encoder.TooLong("a:1", "too long")
+
+
+@pytest.mark.parametrize("key", ["system", "instruction"])
+def test_what_stands_beside_a_pair_is_never_lost_in_silence(key: str) -> None:
+    row = {"input": "a", "target": "b", key: "c"}
+    fault = row_of("f:1", row, Columns(), None)
+    assert isinstance(fault, Fault)
+    assert fault.reason.startswith(f"has {key!r} beside 'input' and 'target', which is not read")
+    assert isinstance(row_of("f:1", row, Columns(input="input"), None), PairRow)
+    assert isinstance(row_of("f:1", {**row, key: ""}, Columns(), None), PairRow)
+
+
+def test_a_system_message_may_stand_outside_the_messages() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    row = row_of("f:1", {"conversations": turns, "system": "c"}, Columns(), None)
+    assert isinstance(row, ChatRow)
+    assert row.conversation.messages[0] == {"role": "system", "content": "c"}
+    assert row_of("f:1", {"conversations": turns, "system": " "}, Columns(), None) == row_of(
+        "f:1", {"conversations": turns}, Columns(), None
+    )
+    for both in ({"from": "system", "value": "d"}, {"role": "system", "content": "d"}):
+        fault = row_of("f:1", {"conversations": [both, *turns], "system": "c"}, Columns(), None)
+        assert isinstance(fault, Fault)
+        assert fault.reason == "has 'system', and a message with this role"
+    assert isinstance(row_of("f:1", {"conversations": turns, "system": 3}, Columns(), None), Fault)
+
+
+def test_nulls_in_arguments_are_kept_from_json_and_left_out_from_tables(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": None, "y": [1, None]}}}
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    found = {}
+    for name in ("rows.jsonl", "rows.parquet"):
+        (chat,) = read_files([tmp_path / name], Columns(), lambda _: None)
+        assert isinstance(chat, ChatRow)
+        found[name] = chat.conversation.messages[1]["tool_calls"][0]["function"]["arguments"]
+    assert found == {"rows.jsonl": {"x": None, "y": [1, None]}, "rows.parquet": {"y": [1, None]}}
