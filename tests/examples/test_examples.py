@@ -56,6 +56,7 @@ def test_every_example_is_run_here() -> None:
         "extract_decoder.py",
         "extract_encoder.py",
         "finetune_with_trainer.py",
+        "real_gemma3.py",
         "run_in_transformers.py",
         "translation.py",
         "convert_with_transformers.py",
