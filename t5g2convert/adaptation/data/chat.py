@@ -27,6 +27,10 @@ MOST_REPEATED: Final = 64
 """Most characters of all inputs of one conversation, in documents of the largest length: a gigabyte."""
 
 
+HELD: Final = LONGEST
+"""Most characters of the pairs of one conversation in memory; further pairs are rendered again."""
+
+
 def template_sha256(model: Path) -> str:
     """Return the sha256 of the files that may hold a model's chat template and its tokens, hexadecimal."""
     found = hashlib.sha256()
@@ -68,18 +72,34 @@ class PairMaker:
             if isinstance(row, Document | PairDocument | Fault):
                 yield row
                 continue
+            if isinstance(row, PairRow):
+                yield self._plain(row)
+                continue
             try:
-                made = [self._plain(row)] if isinstance(row, PairRow) else self._turns(row)
+                turns, every = self._turns(row)
+                held, size = [], 0
+                for number in turns:
+                    # All turns are rendered before the first is yielded, since one fault is a fault of the row.
+                    pair = self._turn(row, number, named=every)
+                    size += sum(len(part) for part in (*pair.source, *pair.target) if isinstance(part, str))
+                    if size <= HELD:
+                        held.append(pair)
             except ValueError as error:
                 yield Fault(row.where, str(error))
             else:
-                yield from made
+                yield from held
+                yield from (self._turn(row, number, named=every) for number in turns[len(held) :])
 
     def _plain(self, row: PairRow) -> PairDocument:
         texts = text_pieces(row.source, len(row.images), at_end=True) if row.images else [row.source]
         return PairDocument(row.where, tuple(with_places(texts, self._tokens)), (row.target,), row.images)
 
-    def _turns(self, row: ChatRow) -> list[PairDocument]:
+    def _turns(self, row: ChatRow) -> tuple[list[int], bool]:
+        """Return the numbers of the messages to learn, and whether these are all turns.
+
+        Raises:
+            ValueError: There are none, or too many for their length.
+        """
         messages = row.conversation.messages
         if (last := messages[-1]["role"]) != "assistant":
             raise ValueError(f"ends with a message of {last!r}, expected one of 'assistant' to learn")
@@ -97,7 +117,7 @@ class PairMaker:
             )
         if every and len(turns) * len(repr(messages)) > MOST_REPEATED * LONGEST:
             raise ValueError(f"is too long for {len(turns)} pairs that each repeat all before them; split it")
-        return [self._turn(row, number, named=every) for number in (turns if every else turns[-1:])]
+        return (turns if every else turns[-1:]), every
 
     def _turn(self, row: ChatRow, number: int, *, named: bool) -> PairDocument:
         """Return the pair of one turn.

@@ -13,12 +13,12 @@ from t5g2convert.adaptation.data.rows import Document, Fault, Row
 from t5g2convert.adaptation.data.tokens import ModelTokens
 
 BATCH_CHARACTERS: Final = 1 << 20
-"""Characters tokenized at once, plus those of at most one row."""
+"""Characters tokenized at once, plus those of at most one document."""
 
 BATCH_DOCUMENTS: Final = 4096
 
 BATCH_IMAGES: Final = 64
-"""Images in memory at once, plus those of at most one row."""
+"""Images in memory at once, plus those of at most one document."""
 
 MAX_FAULTS: Final = 100
 """Faulty documents after which packing stops."""
@@ -42,7 +42,7 @@ class DocumentBatches:
     def __init__(self, maker: PairMaker, tokens: ModelTokens, begun: PackState | None, *, skip_bad: int) -> None:
         self._maker, self._tokens, self._skip_bad = maker, tokens, skip_bad
         self._input = InputDigest(begun)
-        self._marks: deque[Mark] = deque()
+        self._marks: deque[Mark | None] = deque()
         self.faults: dict[int, Fault] = {} if begun is None else begun.read_faults()
         self._number = 0 if begun is None else begun.documents
         self.blank = 0 if begun is None else begun.empty
@@ -51,14 +51,22 @@ class DocumentBatches:
     def read(self, rows: Iterable[Row | PairDocument]) -> Iterator[list[Pieces]]:
         """Yield the documents of all rows in batches, until there are too many faults.
 
-        A batch ends with a row, so that another run can go on behind it.
+        Another run can go on behind a batch that ends with a row; the pairs of a long conversation fill several.
 
         Raises:
             DataError: The rows that an interrupted run packed are not the same.
         """
         batch, characters, images = list[Pieces](), 0, 0
+
+        def is_full() -> bool:
+            return characters >= BATCH_CHARACTERS or images >= BATCH_IMAGES or len(batch) >= BATCH_DOCUMENTS
+
         for row in self._input.follow(rows):
             for document in self._maker.documents([row]):
+                if is_full():
+                    self._marks.append(None)
+                    yield batch
+                    batch, characters, images = [], 0, 0
                 if (pieces := self._pieces(document)) is not None:
                     batch.append(pieces)
                     characters += sum(
@@ -68,7 +76,7 @@ class DocumentBatches:
                 self._number += 1
             if len(self.faults) >= self._skip_bad + MAX_FAULTS:
                 break
-            if characters >= BATCH_CHARACTERS or images >= BATCH_IMAGES or len(batch) >= BATCH_DOCUMENTS:
+            if is_full():
                 self._note_mark()
                 yield batch
                 batch, characters, images = [], 0, 0
@@ -81,8 +89,11 @@ class DocumentBatches:
         """The sha256 of all rows so far, hexadecimal."""
         return self._input.sha256
 
-    def next_mark(self) -> Mark:
-        """Return how far the input was read at the end of a batch; to be called once for each batch, in order."""
+    def next_mark(self) -> Mark | None:
+        """Return how far the input was read at the end of a batch; to be called once for each batch, in order.
+
+        None for a batch that ends inside a row.
+        """
         return self._marks.popleft()
 
     def _note_mark(self) -> None:

@@ -237,7 +237,7 @@ class _Packer:
             for batch, results in encoded:
                 self._write_batch(batch, results)
                 mark = self._batches.next_mark()
-                if journal.is_due:
+                if mark is not None and journal.is_due:
                     journal.save(partial(self._state, mark, journal.deciding))
         if len(self._batches.faults) > self._skip_bad:
             raise _refusal(self._in_order(), self._skip_bad)

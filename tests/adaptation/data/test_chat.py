@@ -1,7 +1,7 @@
 """Conversations become the tokens that transformers and `t5g2 generate --chat` make of them."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from t5g2convert import convert
+from t5g2convert.adaptation.data import chat, document_batches
+from t5g2convert.adaptation.data import pack as pack_module
+from t5g2convert.adaptation.data.document_encoder import Pieces, encode_batches
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.pairs import Pair
@@ -19,6 +22,7 @@ from t5g2convert.reference.generation.chat_template import ChatTemplate
 from t5g2convert.reference.generation.generator import Generator, Prompt
 from t5g2convert.reference.options import GenerateOptions
 from tests.conftest import TwinFolder
+from tests.folders import contents
 from tests.models.gemma_chat import TEMPLATE, write_chat_model
 from tests.models.gemma_tokenizer import write_processor, write_tokenizer
 
@@ -175,3 +179,39 @@ def test_templates_that_mark_answers_render_the_same(model: Path, tmp_path: Path
         expected = plain.render_messages(list(messages), answer_next=False)
         assert other.render_messages(list(messages), answer_next=False) == expected
         assert theirs.apply_chat_template(list(messages), tokenize=False) == expected
+
+
+def test_the_pairs_of_a_long_conversation_fill_several_batches(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": "ab ab"}, {"role": "assistant", "content": "ab"}] * 6
+    whole = packed(model, tmp_path / "whole", turns, turns[:4], all_turns=True)
+    assert len(whole) == 6 + 2
+    characters = []
+
+    def measured(batches: Iterable[list[Pieces]], *others: Any, **options: Any) -> Iterator[Any]:
+        def each() -> Iterator[list[Pieces]]:
+            for batch in batches:
+                characters.append(sum(len(part) for it in batch for part in it.source if isinstance(part, str)))
+                yield batch
+
+        return encode_batches(each(), *others, **options)
+
+    monkeypatch.setattr(pack_module, "encode_batches", measured)
+    monkeypatch.setattr(document_batches, "BATCH_CHARACTERS", 100)
+    # Every pair is rendered twice where the texts of all do not fit into memory.
+    monkeypatch.setattr(chat, "HELD", 150)
+    again = packed(model, tmp_path / "again", turns, turns[:4], all_turns=True)
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    assert [pair.target.tolist() for pair in again] == [pair.target.tolist() for pair in whole]
+    # A batch has at most one pair more than fits.
+    assert len(characters) >= 3
+    assert max(characters) < 100 + 6 * 30
+
+
+def test_one_bad_turn_is_a_fault_of_the_whole_conversation(model: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ab"}] * 3
+    bad = [*turns, {"role": "assistant", "content": "a"}]
+    rows = [row_of(f"r:{number}", {"messages": each}, Columns(), None) for number, each in enumerate((turns, bad))]
+    done = pack(model, tmp_path / "out", rows, all_turns=True, skip_bad=1, flush=False)
+    assert (done.index.pair.documents, done.to_json()["skipped"]) == (3, 1)
