@@ -254,6 +254,20 @@ def test_an_export_is_made_once_and_only_replaces_its_own(adapted: Path, small: 
     assert (run / "adapter/README.md").read_text() == "mine"
 
 
+def test_a_run_that_goes_back_sets_its_adapter_aside(
+    adapted: Path, small: Path, pairs: Path, tmp_path: Path, one_process: None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapted / "run", run)
+    before = (run / "adapter/adapter_model.safetensors").read_bytes()
+    changes: dict[str, Any] = {"lora": 3, "lora_alpha": 12.0, "steps": 6, "save_every": 2, "export": True}
+    request = finetune_request(small, pairs, run, resume=True, from_step=2, change=True, **{**changes, "lr": 1e-3})
+    outcome, _ = finetune_here(request)
+    assert outcome.start == 2
+    assert (run / "adapter.abandoned/adapter_model.safetensors").read_bytes() == before
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() != before
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_on_one_two_and_one_processes_equals_one_process(
     adapted: Path, small: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -235,6 +235,9 @@ class Evaluator:
         on_rank_0 = engine.global_rank == 0
         before = engine.broadcast(run_on_all_ranks(engine, lambda: read_evaluations(path) if on_rank_0 else []))
         self.evaluations: list[Evaluation] = [each for each in before if each.step <= start]
+        if len(self.evaluations) < len(before):
+            # Now: a run that dies before its next evaluation must not find those of steps that it went back from.
+            run_on_all_ranks(engine, lambda: write_evaluations(path, self.evaluations) if on_rank_0 else None)
 
     def __call__(self, done: int) -> Mapping[str, float]:
         """Evaluate after so many steps, and return scalars for TensorBoard.
