@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-from t5g2convert.adaptation.train.evaluation import Evaluation, hide_encoder
+from t5g2convert.adaptation.train.evaluation import hide_encoder
+from t5g2convert.adaptation.train.evaluation_log import Evaluation
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.adaptation.train.model import load_model, published_names

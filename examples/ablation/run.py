@@ -27,7 +27,7 @@ from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
-from t5g2convert.adaptation.train.evaluation import Evaluation
+from t5g2convert.adaptation.train.evaluation_log import Evaluation
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 
 sys.path.append(str(Path(__file__).parent.parent))

@@ -21,7 +21,8 @@ from t5g2convert.adaptation.adapt import Request, adapt
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.options import AdaptOptions
-from t5g2convert.adaptation.train.evaluation import Evaluation, hide_encoder
+from t5g2convert.adaptation.train.evaluation import hide_encoder
+from t5g2convert.adaptation.train.evaluation_log import Evaluation
 from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.adaptation.train.model import MODEL_BUILDERS
 from t5g2convert.adaptation.train.preflight import prepare
