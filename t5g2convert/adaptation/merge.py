@@ -104,8 +104,9 @@ def merge_adapter(model: Path, adapter: Path, output: Path, options: MergeOption
     opened, start = open_adapter(adapter), open_checkpoint(model)
     known = check_base(adapter, model)
     digests = {path.name: sha256_of(path) for path in (adapter / ADAPTER_FILE, opened.weights)}
-    adaptation = read_manifest(model).adaptation if is_there(model / MANIFEST_FILE) else None
-    plan = plan_merged(start, opened, digests, adaptation, dtype=options.dtype)
+    before = read_manifest(model) if is_there(model / MANIFEST_FILE) else None
+    history = (None, None) if before is None else (before.adaptation, before.merged)
+    plan = plan_merged(start, opened, digests, *history, dtype=options.dtype)
     values = MergedValues(start, opened, {tensor.name: tensor.dtype for tensor in plan.tensors})
     write = WriteOptions(overwrite=options.overwrite, progress=options.progress)
     done = execute(plan, Folders(model), output, write, values=values)

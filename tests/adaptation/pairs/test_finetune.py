@@ -19,6 +19,7 @@ from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.rows import PairRow
 from t5g2convert.adaptation.finetune import FinetuneRequest, finetune, prepare
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
+from t5g2convert.adaptation.merge import merge
 from t5g2convert.adaptation.train import checkpoints, distributed, evaluation
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
 from t5g2convert.adaptation.train.evaluation_log import Evaluation, Measure, Scores, best_of
@@ -27,6 +28,8 @@ from t5g2convert.adaptation.train.loss import IDLE_PIXELS, IGNORED, PIXELS
 from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, DataError, T5g2Error, UsageError
+from t5g2convert.publish.card import model_card
+from tests.adaptation.adapters import write_adapter
 from tests.adaptation.finetunings import finetune_here, finetune_request
 from tests.adaptation.trainings import request_of, run, settings_of, steps_of, tensors_of
 
@@ -464,6 +467,28 @@ def test_a_model_trained_with_ul2_before_keeps_its_record(small: Path, pairs: Pa
     # Training with UL2 may go on, with the same sentinels.
     again = replace(request_of(small, tmp_path / "again", settings_of(steps=1)), model=tmp_path / "run/model")
     adapt(again, begun=lambda notes: None, report=lambda metrics: None)
+
+
+def test_a_merged_model_that_is_trained_again_keeps_all_records(small: Path, pairs: Path, tmp_path: Path) -> None:
+    finetune_here(finetune_request(small, pairs, tmp_path / "first", steps=1, export=True))
+    first = tmp_path / "first/model"
+    adapter = write_adapter(first, tmp_path / "adapter", target_modules=r".*decoder.*q_proj")
+    merge(first, adapter, tmp_path / "merged")
+    request = finetune_request(small, pairs, tmp_path / "second", steps=1, export=True)
+    finetune_here(replace(request, model=tmp_path / "merged"))
+    source, record = read_manifest(tmp_path / "merged"), read_manifest(tmp_path / "second/model").adaptation
+    assert record is not None
+    assert (record.before, record.merged) == (source.adaptation, source.merged)
+    assert verify(tmp_path / "second/model", tmp_path / "merged").passed
+    assert "| merged before | a LoRA adapter, into " in model_card(
+        tmp_path / "second/model", repo="", source_card=None, existing=None, mode="replace"
+    )
+    # And so does a training with UL2.
+    again = replace(request_of(small, tmp_path / "ul2", settings_of(steps=1), export=True), model=tmp_path / "merged")
+    adapt(again, begun=lambda notes: None, report=lambda metrics: None)
+    ul2 = read_manifest(tmp_path / "ul2/model").adaptation
+    assert ul2 is not None
+    assert (ul2.before, ul2.merged) == (source.adaptation, source.merged)
 
 
 # Refusals
