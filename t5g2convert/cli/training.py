@@ -162,6 +162,7 @@ def cost_lines(forecast: "Forecast | RunCost", *, steps: str) -> dict[str, str]:
         "inputs of layers": held.inputs,
         "softmax": held.softmax,
         "the whole gradient": held.gradient,
+        "images": held.images,
     }
     parts_text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
     kept = "of one layer" if forecast.recompute == "full" else f"that --recompute {forecast.recompute} keeps"
