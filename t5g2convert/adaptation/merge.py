@@ -119,8 +119,9 @@ merge = takes_options(MergeOptions)(merge_adapter)
 
 
 def _notes(adapter: Adapter, model: Checkpoint, values: "MergedValues", *, known: bool) -> Iterator[str]:
-    if not known and adapter.base is not None and Path(adapter.base).name != model.name.rpartition("/")[2]:
-        yield f"the adapter was trained on {adapter.base}; not checked: that {model.name} has the same weights"
+    if not known:
+        base = "a model that it does not name" if adapter.base is None else adapter.base
+        yield f"the adapter was trained on {base}; not checked: that {model.name} has the same weights"
     if values.unchanged:
         yield f"{len(values.unchanged)} of {len(adapter.targets)} targets have a product of zero, and did not change"
     if values.lost is not None and values.lost > SMALL_LOSS:

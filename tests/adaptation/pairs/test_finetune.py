@@ -20,6 +20,7 @@ from t5g2convert.adaptation.data.rows import PairRow
 from t5g2convert.adaptation.finetune import FinetuneRequest, finetune, prepare
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
 from t5g2convert.adaptation.merge import merge
+from t5g2convert.adaptation.pairs.preflight import with_steps
 from t5g2convert.adaptation.train import checkpoints, distributed, evaluation
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
 from t5g2convert.adaptation.train.evaluation_log import Evaluation, Measure, Scores, best_of
@@ -439,6 +440,13 @@ def test_epochs_become_steps_and_run_json_names_the_objective(small: Path, pairs
     assert (document["settings"]["objective"], document["settings"]["steps"]) == ("pairs", 3)
     assert read_history(tmp_path / "run").settings.to_json() == outcome.settings.to_json()
     assert finetune_here(changed(request, resume=True))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "pairs", "batch", "steps"), [(1.1, 100, 10, 11), (3, 40, 7, 18), (0.3, 10, 1, 3), (1e-9, 40, 7, 1)]
+)
+def test_epochs_are_taken_as_they_are_written(epochs: float, pairs: int, batch: int, steps: int) -> None:
+    assert with_steps(FinetuneOptions(lr=1e-3, batch_pairs=batch), float(epochs), pairs).steps == steps
 
 
 def test_a_run_of_one_objective_is_not_resumed_with_another(small: Path, pairs: Path, tmp_path: Path) -> None:
