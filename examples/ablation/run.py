@@ -31,7 +31,7 @@ from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.options import AdaptOptions
-from t5g2convert.adaptation.train.evaluation import read_evaluations
+from t5g2convert.adaptation.train.evaluation_log import read_evaluations
 from t5g2convert.adaptation.train.run_folder import EVALUATION_FILE
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.run_request import Outcome, RunRequest, Watch
 from t5g2convert.adaptation.train.distributed import planned_processes, require_extra
-from t5g2convert.adaptation.train.evaluation import Evaluation
+from t5g2convert.adaptation.train.evaluation_log import Evaluation
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.preflight import Prepared, prepare

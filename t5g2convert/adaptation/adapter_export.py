@@ -4,13 +4,14 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
 from t5g2convert.adaptation.train.checkpoint_manifest import check_files
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.history import History, check_model, identity, read_history
+from t5g2convert.adaptation.train.run_folder import ADAPTER_FOLDER
 from t5g2convert.checkpoint.adapter import open_adapter
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.families.config_section import parse_section
@@ -27,9 +28,6 @@ from t5g2convert.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-ADAPTER_FOLDER: Final = "adapter"
-"""Folder of a run with its adapter."""
 
 
 class AdapterRecord(Section):

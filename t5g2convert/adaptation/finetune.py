@@ -7,11 +7,12 @@ from functools import partial
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
 from t5g2convert.adaptation.pairs.dataset import PairDataset
 from t5g2convert.adaptation.pairs.forecast import PairForecast, forecast_pairs
-from t5g2convert.adaptation.pairs.generation import generate_and_score
+from t5g2convert.adaptation.pairs.generation import SCORERS, generate_and_score
 from t5g2convert.adaptation.pairs.preflight import prepare_pairs
 from t5g2convert.adaptation.run_request import Outcome, RunRequest, Watch
 from t5g2convert.adaptation.train.distributed import planned_processes, require_extra
-from t5g2convert.adaptation.train.evaluation import Evaluation, Policy
+from t5g2convert.adaptation.train.evaluation import Policy
+from t5g2convert.adaptation.train.evaluation_log import Evaluation
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.preflight import Prepared
 from t5g2convert.adaptation.training import check_request, check_resume, run_training
@@ -48,7 +49,7 @@ def finetune(
         T5g2Error: As in `prepare_pairs` and `run_training`.
     """
     options = request.options
-    policy = Policy(keep_best=options.keep_best, patience=options.patience)
+    policy = Policy(keep_best=options.keep_best, patience=options.patience, by=options.best)
     generate = (
         partial(generate_and_score, loop=options, pairs=options.generate_samples, model=request.model)
         if options.generate_eval
@@ -77,11 +78,14 @@ def prepare(request: FinetuneRequest) -> Prepared[PairDataset]:
     """
     options = request.options
     check_resume(options)
+    require_extra(*(["peft"] if options.lora is not None else []), *(SCORERS if options.generate_eval else []))
     for name, wanted in (("patience", options.patience is not None), ("generate-eval", options.generate_eval)):
         if wanted and options.eval is None and not options.eval_pairs:
             raise UsageError(f"--{name} needs held-out pairs", hint="pass --eval DATA or --eval-pairs N")
     if options.generate_eval and options.attention == "blocks":
         raise UsageError("--generate-eval needs --attention dense")
+    if options.best != "loss" and not options.generate_eval:
+        raise UsageError(f"--best {options.best} needs --generate-eval")
     prepared = prepare_pairs(
         request.model,
         request.data,

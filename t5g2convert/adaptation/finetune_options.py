@@ -1,7 +1,7 @@
 """The options of `finetune`, for the command line and the Python API."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,10 +17,11 @@ class FinetuneOptions(PairSettings, RunOptions):
     Attributes:
         steps: Steps of the whole run; 0 with `epochs`.
         epochs: How many times the pairs are read.
-        keep_best: Keep the checkpoint of the lowest held-out loss, and export it.
+        keep_best: Keep the checkpoint of the best evaluation, and export it.
+        best: What makes an evaluation the best.
         generate_eval: Generate texts for held-out pairs, and compare them with the targets.
         generate_samples: Pairs that texts are generated for.
-        patience: Evaluations without a lower held-out loss that end the run.
+        patience: Evaluations without a better one that end the run.
     """
 
     steps: Annotated[
@@ -42,16 +43,24 @@ class FinetuneOptions(PairSettings, RunOptions):
     keep_best: Annotated[
         bool,
         Option(
-            "Where pairs are held out: keep the checkpoint with the lowest held-out loss, whatever --keep says, and "
-            "write the model from it.",
+            "Where pairs are held out: keep the checkpoint of the best evaluation, whatever --keep says, and write the "
+            "model from it.",
             group=RUN,
         ),
     ] = True
+    best: Annotated[
+        Literal["loss", "exact", "chrf", "rouge-l"],
+        Option(
+            "The best evaluation: the one with the lowest held-out loss, or with --generate-eval with the highest "
+            "exact match, chrF or ROUGE-L.",
+            group=RUN,
+        ),
+    ] = "loss"
     generate_eval: Annotated[
         bool,
         Option(
             "With every evaluation, generate texts for held-out pairs, and compare them with the targets: exact match, "
-            "and chrF of sacrebleu.",
+            "chrF of sacrebleu, and ROUGE-L of rouge_score.",
             flag="--generate-eval/--no-generate-eval",
             group=RUN,
         ),
@@ -63,7 +72,10 @@ class FinetuneOptions(PairSettings, RunOptions):
         int | None,
         Field(ge=1),
         Option(
-            "End the run after N evaluations without a lower held-out loss.", metavar="N", default="none", group=RUN
+            "End the run after N evaluations without a better one (see --best).",
+            metavar="N",
+            default="none",
+            group=RUN,
         ),
     ] = None
     kd: Annotated[

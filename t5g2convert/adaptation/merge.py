@@ -105,8 +105,9 @@ def merge_adapter(model: Path, adapter: Path, output: Path, options: MergeOption
     opened, start = open_adapter(adapter), open_checkpoint(model)
     known = check_base(adapter, model)
     digests = {path.name: sha256_of(path) for path in (adapter / ADAPTER_FILE, opened.weights)}
-    adaptation = read_manifest(model).adaptation if is_there(model / MANIFEST_FILE) else None
-    plan = plan_merged(start, opened, digests, adaptation, dtype=options.dtype)
+    before = read_manifest(model) if is_there(model / MANIFEST_FILE) else None
+    history = (None, None) if before is None else (before.adaptation, before.merged)
+    plan = plan_merged(start, opened, digests, *history, dtype=options.dtype)
     values = MergedValues(start, opened, {tensor.name: tensor.dtype for tensor in plan.tensors})
     write = WriteOptions(overwrite=options.overwrite, progress=options.progress)
     done = execute(plan, Folders(model), output, write, values=values)
@@ -119,8 +120,9 @@ merge = takes_options(MergeOptions)(merge_adapter)
 
 
 def _notes(adapter: Adapter, model: Checkpoint, values: "MergedValues", *, known: bool) -> Iterator[str]:
-    if not known and adapter.base is not None and Path(adapter.base).name != model.name.rpartition("/")[2]:
-        yield f"the adapter was trained on {adapter.base}; not checked: that {model.name} has the same weights"
+    if not known:
+        base = "a model that it does not name" if adapter.base is None else adapter.base
+        yield f"the adapter was trained on {base}; not checked: that {model.name} has the same weights"
     if values.unchanged:
         yield f"{len(values.unchanged)} of {len(adapter.targets)} targets have a product of zero, and did not change"
     if values.lost is not None and values.lost > SMALL_LOSS:

@@ -11,7 +11,8 @@ from t5g2convert.adaptation.adapter_export import ExportedAdapter
 from t5g2convert.adaptation.data.corpora import folders_of
 from t5g2convert.adaptation.export import Exported
 from t5g2convert.adaptation.options import RunOptions
-from t5g2convert.adaptation.train.evaluation import NOTHING_DECIDED, Evaluation, Policy, Scores
+from t5g2convert.adaptation.train.evaluation import NOTHING_DECIDED, Policy
+from t5g2convert.adaptation.train.evaluation_log import Evaluation, Scores
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.run_folder import RUN_FILE
 from t5g2convert.adaptation.train.run_settings import RunSettings
@@ -64,7 +65,7 @@ class Outcome:
         plot: The plot of the losses.
         settings: The run's settings, with the teacher's identity.
         evaluations: All held-out losses.
-        best: The step of the lowest held-out loss, if its checkpoint is kept; it is the one that is exported.
+        best: The step of the best evaluation, if its checkpoint is kept; it is the one that is exported.
         stopped: The step after which the run ended early, if it did.
         exported: The exported model, on rank 0, if `export` is set.
         adapter: The exported adapter in its place, if one was trained.

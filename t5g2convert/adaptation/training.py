@@ -31,10 +31,8 @@ from t5g2convert.adaptation.train.distributed import (
     require_extra,
     run_on_all_ranks,
 )
-from t5g2convert.adaptation.train.evaluation import (
-    Evaluator,
-    Scores,
-)
+from t5g2convert.adaptation.train.evaluation import Evaluator
+from t5g2convert.adaptation.train.evaluation_log import Scores
 from t5g2convert.adaptation.train.history import (
     describe,
     documents_of,
@@ -180,10 +178,7 @@ def _run(engine: "Fabric", request: RunRequest[RunOptions], prepared: Prepared[A
     description |= {"earlier": documents_of(place.earlier)} if place.earlier else {}
     description |= {} if place.returned is None else {"returned": place.returned}
     module, state = _build(engine, request, prepared, settings, description, place, resumes=resumes)
-    if on_rank_0:
-        resuming = [f"resuming after {start:,} steps"] if start else []
-        changes = [f"from step {start + 1} on: {text}" for text in place.changes]
-        watch.begun([*prepared.notes, *resuming, *changes], settings.steps)
+    made = engine.broadcast(run_on_all_ranks(engine, lambda: [*complete_checkpoints(request.run)] if on_rank_0 else []))
     loop, path = request.options, request.run / EVALUATION_FILE
     evaluator = Evaluator(
         engine,
@@ -192,10 +187,15 @@ def _run(engine: "Fabric", request: RunRequest[RunOptions], prepared: Prepared[A
         loop,
         path,
         start=start,
+        made=made,
         report=watch.evaluated,
         policy=watch.policy,
         generate=_generating(engine, prepared, watch),
     )
+    if on_rank_0:
+        resuming = [f"resuming after {start:,} steps"] if start else []
+        changes = [f"from step {start + 1} on: {text}" for text in place.changes]
+        watch.begun([*prepared.notes, *resuming, *changes, *evaluator.notes], settings.steps)
     if start < settings.steps and not evaluator.is_over:
         train(
             engine,
@@ -215,18 +215,18 @@ def _run(engine: "Fabric", request: RunRequest[RunOptions], prepared: Prepared[A
     steps = read_metrics(request.run / METRICS_FILE) if on_rank_0 else []
     if on_rank_0:
         plot_losses(steps, request.run / PLOT_FILE, held_out=[(each.step, each.loss) for each in evaluator.evaluations])
-    best, made = evaluator.best, engine.broadcast(max(complete_checkpoints(request.run), default=0))
+    best, last = evaluator.best, engine.broadcast(max(complete_checkpoints(request.run), default=0))
     return Outcome(
         first=on_rank_0,
         start=start,
         trained=sum(parameter.numel() for parameter in state.parameters.values()),
-        checkpoint=checkpoint_path(request.run, made if best is None else best),
+        checkpoint=checkpoint_path(request.run, last if best is None else best),
         steps=tuple(steps),
         plot=request.run / PLOT_FILE,
         settings=settings,
         evaluations=tuple(evaluator.evaluations),
         best=best,
-        stopped=made if evaluator.is_over and made < settings.steps else None,
+        stopped=last if evaluator.is_over and last < settings.steps else None,
     )
 
 

@@ -30,9 +30,11 @@ class MergeRecord(Section):
         adapter: The sha256 of its files, by name.
         targets: The changed tensors, by rank and scale.
         tensors: Number of changed tensors.
+        before: The adapter that was merged into the source before, after its last training.
     """
 
     method: Literal["lora"]
     adapter: Annotated[dict[str, Digest], Field(min_length=1)]
     targets: Annotated[list[MergedTargets], Field(min_length=1)]
     tensors: NonNegativeInt
+    before: "MergeRecord | None" = None

@@ -16,6 +16,7 @@ from pydantic import (
 
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Number, Positive
 from t5g2convert.checkpoint.manifest_section import Digest, Section, digest_of
+from t5g2convert.checkpoint.merge_record import MergeRecord
 
 
 class TaskRecord(Section):
@@ -133,7 +134,8 @@ class AdaptationRecord(Section):
         trained: The names of the trained tensors, with `{layer}` where the tensors of all layers were trained.
         frozen: The parts without any trained tensor.
         earlier: The steps before each change of the settings, if they were changed.
-        before: The training that the source had, for a fine-tuning.
+        before: The training that the source had before.
+        merged: The adapter that was merged into the source, after that training.
     """
 
     steps: PositiveInt
@@ -146,6 +148,7 @@ class AdaptationRecord(Section):
     frozen: list[str]
     earlier: list[LegRecord] | None = None
     before: "AdaptationRecord | None" = None
+    merged: MergeRecord | None = None
 
     @property
     def ul2(self) -> UL2Settings | None:

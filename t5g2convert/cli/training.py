@@ -16,7 +16,7 @@ from t5g2convert.interrupts import interruption, raise_interruption
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.run_request import Outcome
-    from t5g2convert.adaptation.train.evaluation import Evaluation
+    from t5g2convert.adaptation.train.evaluation_log import Evaluation
     from t5g2convert.adaptation.train.forecast import Forecast, RunCost, Throughput
     from t5g2convert.adaptation.train.metrics import Metrics
 
@@ -56,7 +56,7 @@ def run_and_print(name: str, start: "Callable[[Watched], Outcome]", *, every: in
         as_json: Whether to print one document at the end.
     """
     from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank
-    from t5g2convert.adaptation.train.evaluation import overfitting
+    from t5g2convert.adaptation.train.evaluation_log import overfitting
 
     last = 0
     try:
@@ -105,8 +105,8 @@ def _print(outcome: "Outcome") -> None:
     out = console()
     out.print(f"{outcome.steps[-1].step:,} steps of {outcome.trained:,} trained parameters")
     if outcome.stopped is not None:
-        out.print(f"ended early, after step {outcome.stopped:,}: the held-out loss has not fallen any more")
-    best = "" if outcome.best is None else ", the lowest held-out loss"
+        out.print(f"ended early, after step {outcome.stopped:,}: the evaluations have not become better any more")
+    best = "" if outcome.best is None else ", the best evaluation"
     out.print(f"checkpoint  {outcome.checkpoint}{best}", soft_wrap=True)
     out.print(f"losses      {outcome.plot}", soft_wrap=True)
     if outcome.exported is not None:
@@ -162,6 +162,7 @@ def cost_lines(forecast: "Forecast | RunCost", *, steps: str) -> dict[str, str]:
         "inputs of layers": held.inputs,
         "softmax": held.softmax,
         "the whole gradient": held.gradient,
+        "images": held.images,
     }
     parts_text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
     kept = "of one layer" if forecast.recompute == "full" else f"that --recompute {forecast.recompute} keeps"

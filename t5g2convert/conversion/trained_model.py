@@ -99,6 +99,7 @@ def plan_merged(
     adapter: Adapter,
     digests: Mapping[str, str],
     adaptation: AdaptationRecord | None,
+    merged: MergeRecord | None,
     *,
     dtype: Dtype = KEEP,
 ) -> Plan:
@@ -109,6 +110,7 @@ def plan_merged(
         adapter: The adapter, open.
         digests: The sha256 of the adapter's files, by name.
         adaptation: The training of the model, which stays part of the history of the result.
+        merged: The adapter that was merged into the model before, which stays part of it too.
         dtype: `keep`, or `bfloat16`, `float16` or `float32` for all tensors.
 
     Raises:
@@ -137,6 +139,7 @@ def plan_merged(
             for (rank, scale), names in sorted(alike.items())
         ],
         "tensors": len(targets),
+        **({} if merged is None else {"before": merged.document()}),
     }
     frozen = sum(parts[name].part == FROZEN for name in targets)
     return replace(

@@ -121,12 +121,16 @@ def replay_merge(
     opened = open_adapter(adapter)
     digests = {path.name: sha256_of(path) for path in (adapter / ADAPTER_FILE, opened.weights)}
     options = {} if manifest is None else manifest.options
-    mismatch = None if manifest is None or manifest.merged is not None else "t5g2.json records no merged adapter"
-    adaptation = None if manifest is None else manifest.adaptation
+    record = None if manifest is None else manifest.merged
+    mismatch = None if manifest is None or record is not None else "t5g2.json records no merged adapter"
+    adaptation, merged = None if manifest is None else manifest.adaptation, None if record is None else record.before
     if is_there(sources.source.path / MANIFEST_FILE):
-        adaptation = read_manifest(sources.source.path).adaptation
+        before = read_manifest(sources.source.path)
+        adaptation, merged = before.adaptation, before.merged
     dtype = PlanOptions.of_record(options).dtype
-    return Replay(plan_merged(sources.source, opened, digests, adaptation, dtype=dtype), mismatch, adapter=opened)
+    return Replay(
+        plan_merged(sources.source, opened, digests, adaptation, merged, dtype=dtype), mismatch, adapter=opened
+    )
 
 
 def check_options(manifest: Manifest) -> None:

@@ -236,6 +236,18 @@ def _training(adaptation: AdaptationRecord, dtype: str | None, *, source: str) -
     )
 
 
+def _earlier_rows(adaptation: AdaptationRecord | None) -> Iterator[list[str]]:
+    """Yield what had been done to the model before its training, newest first."""
+    while adaptation is not None:
+        merged = adaptation.merged
+        while merged is not None:
+            yield ["merged before", f"a LoRA adapter, into {merged.tensors:,} tensors"]
+            merged = merged.before
+        if (adaptation := adaptation.before) is not None:
+            kind = "pairs" if isinstance(adaptation.settings, PairSettings) else "UL2"
+            yield ["trained before with", f"{kind}, {adaptation.steps:,} steps"]
+
+
 def _training_rows(adaptation: AdaptationRecord, dtype: str | None) -> Iterator[list[str]]:
     averaged, settings, teacher = adaptation.checkpoints, adaptation.settings, adaptation.settings.teacher
     weights = f"step {adaptation.steps:,}"
@@ -247,8 +259,7 @@ def _training_rows(adaptation: AdaptationRecord, dtype: str | None) -> Iterator[
     ul2 = adaptation.ul2
     if isinstance(settings, PairSettings):
         yield ["objective", "pairs of an input and a target; the loss is that of the targets alone"]
-        if ul2 is not None:
-            yield ["trained before with", f"UL2, {ul2.steps:,} steps"]
+    yield from _earlier_rows(adaptation)
     if ul2 is not None and (first := ul2.mixture.first_sentinel) is not None:
         # `code` escapes angle brackets, but the names of Gemma's unused tokens need them.
         named = f"`{first}`" if _UNUSED.fullmatch(str(first)) else code(first)

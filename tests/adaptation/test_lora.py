@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from t5g2convert.adaptation.adapter_export import export_adapter
 from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
 from t5g2convert.adaptation.merge import merge
+from t5g2convert.adaptation.train import build, model
 from t5g2convert.adaptation.train.checkpoint_manifest import checkpoint_path
 from t5g2convert.adaptation.train.lora import AdapterStart
 from t5g2convert.adaptation.train.lora_shape import TARGETS, LoraShape
@@ -170,6 +172,27 @@ def test_a_run_in_bfloat16_with_recomputation_and_parts_trains(
     assert moved["encoder"] > 50 * moved["decoder"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_layers_train_an_adapter_alike(
+    small: Path, pairs: Path, tmp_path: Path, one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def compile_layers(network: torch.nn.Module) -> None:
+        compiled.extend(name for name, _ in network.named_modules() if name.endswith("lora_A.default"))
+        model.compile_layers(network, backend="aot_eager")
+
+    monkeypatch.setattr(build, "model", SimpleNamespace(**{**vars(model), "compile_layers": compile_layers}))
+    for name in ("plain", "compiled"):
+        request = finetune_request(small, pairs, tmp_path / name, lora=2, steps=2, compile=name == "compiled")
+        finetune_here(request)
+    # Before the layers are compiled they have the adapter.
+    assert len(compiled) == 4 * 7
+    ours, theirs = (tensors_of(tmp_path / name, 2) for name in ("compiled", "plain"))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=2e-5)
+
+
 def test_an_adapter_is_distilled_too(small: Path, pairs: Path, tmp_path: Path, one_process: None) -> None:
     request = finetune_request(small, pairs, tmp_path / "run", lora=2, kd=small / "parent", steps=2)
     outcome, steps = finetune_here(request)
@@ -254,6 +277,20 @@ def test_an_export_is_made_once_and_only_replaces_its_own(adapted: Path, small: 
     assert (run / "adapter/README.md").read_text() == "mine"
 
 
+def test_a_run_that_goes_back_sets_its_adapter_aside(
+    adapted: Path, small: Path, pairs: Path, tmp_path: Path, one_process: None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapted / "run", run)
+    before = (run / "adapter/adapter_model.safetensors").read_bytes()
+    changes: dict[str, Any] = {"lora": 3, "lora_alpha": 12.0, "steps": 6, "save_every": 2, "export": True}
+    request = finetune_request(small, pairs, run, resume=True, from_step=2, change=True, **{**changes, "lr": 1e-3})
+    outcome, _ = finetune_here(request)
+    assert outcome.start == 2
+    assert (run / "adapter.abandoned/adapter_model.safetensors").read_bytes() == before
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() != before
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_on_one_two_and_one_processes_equals_one_process(
     adapted: Path, small: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -316,10 +353,13 @@ def test_killed_and_resumed_on_as_many_processes_equals_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_rank_smaller_than_the_number_of_processes_is_sharded(small: Path, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [(), ("--shard-size", "1")])
+def test_a_rank_smaller_than_the_number_of_processes_is_sharded(
+    groups: tuple[str, ...], small: Path, pairs: Path, tmp_path: Path
+) -> None:
     options = (*OPTIONS, "--lora", "1", "--steps", "2", "--no-export")
     finetuned(small, pairs, tmp_path / "one", *options)
-    finetuned(small, pairs, tmp_path / "two", *options, "--devices", "2")
+    finetuned(small, pairs, tmp_path / "two", *options, "--devices", "2", *groups)
     ours, theirs = tensors_of(tmp_path / "two", 2), tensors_of(tmp_path / "one", 2)
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=2e-5)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t5g2convert import CheckpointError, OutputError
+from t5g2convert import CheckpointError, OutputError, verify
 from t5g2convert.adaptation import merge as merging
 from t5g2convert.adaptation.merge import merge
 from t5g2convert.checkpoint.adapter import open_adapter
 from t5g2convert.checkpoint.families.t5gemma2_spellings import published_name
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from tests.adaptation.adapters import load, wrapped, write_adapter
 from tests.conftest import TwinFolder
 from tests.publish.folders import write_adapted
@@ -147,12 +147,35 @@ def test_the_training_of_the_model_stays_in_the_manifest(converted_twin: TwinFol
     assert after["adaptation"] == before["adaptation"]
 
 
+def test_an_adapter_merged_before_stays_in_the_manifest_and_is_verified(
+    converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    model = converted_twin("text-8")
+    for number, folder in enumerate((model, tmp_path / "merged-0")):
+        adapter = write_adapter(model, tmp_path / f"adapter-{number}", target_modules=["q_proj"], seed=number)
+        merge(folder, adapter, tmp_path / f"merged-{number}")
+    first, second = (read_manifest(tmp_path / f"merged-{number}").merged for number in range(2))
+    assert first is not None
+    assert second is not None
+    assert second.before == first
+    how: dict[str, Any] = {"adapter": tmp_path / "adapter-1"}
+    assert verify(tmp_path / "merged-1", tmp_path / "merged-0", **how).passed
+    document = read_manifest(tmp_path / "merged-1").document()
+    del document["merged"]["before"]
+    (tmp_path / "merged-1" / MANIFEST_FILE).write_bytes(seal(document))
+    checks = {check.name: check for check in verify(tmp_path / "merged-1", tmp_path / "merged-0", **how).checks}
+    assert "another merge before this one" in checks["provenance"].detail
+
+
 def test_notes_name_another_base_an_update_of_zero_and_what_rounding_lost(
     converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     model = converted_twin("text-8")
     adapter = write_adapter(model, tmp_path / "adapter", target_modules=["q_proj"], size=1e-3)
     config = json.loads((adapter / "adapter_config.json").read_text())
+    # Another folder of the same name may have other weights.
+    same = merge(model, adapter, tmp_path / "same")
+    assert any("not checked: that text-8 has the same weights" in note for note in same.conversion.notes)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "google/other"}))
     done = merge(model, adapter, tmp_path / "merged")
     assert (

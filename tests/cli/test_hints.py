@@ -54,6 +54,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "omit --image-every": ("adapt",),
     "t5g2 adapt trains on texts": ("adapt",),
     "pass --eval DATA or --eval-pairs N": ("finetune",),
+    "use --eval and --eval-samples of the first start, or move the file away": ("adapt", "finetune"),
     "give the task a longer mean_span or a lower rate, or use --documents packed": ("adapt",),
     "remove it: t5g2 adapt --resume then continues from the checkpoint before": ("adapt",),
     "--resume continues a run that stopped": ("adapt",),

@@ -1,21 +1,26 @@
-"""Texts that the model generates for held-out pairs, compared with their targets: exact match, and chrF."""
+"""Texts that the model generates for held-out pairs, compared with their targets: exact match, chrF and ROUGE-L."""
 
 import math
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
 
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.pairs.dataset import PairDataset
-from t5g2convert.adaptation.train.evaluation import Scores, held_out_batches
+from t5g2convert.adaptation.train.evaluation import held_out_batches
+from t5g2convert.adaptation.train.evaluation_log import Scores
 from t5g2convert.reference.prompts import TextCodec
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+SCORERS: Final = ("sacrebleu", "rouge_score")
+"""The libraries of the scores."""
 
 
 @torch.no_grad()
@@ -67,11 +72,14 @@ def first_pairs(held_out: Sequence[PairDataset], pairs: int) -> list[PairDataset
 
 def compare(texts: Sequence[tuple[str, str]]) -> Scores:
     """Return the scores of texts, each with its target; white space around them does not count."""
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
     from sacrebleu.metrics.chrf import CHRF
 
     written, wanted = ([each.strip() for each in column] for column in zip(*texts, strict=True))
     exact = sum(one == other for one, other in zip(written, wanted, strict=True)) / len(texts)
-    return Scores(len(texts), exact, CHRF().corpus_score(written, [wanted]).score)
+    rouge = RougeScorer(["rougeL"])
+    overlap = [rouge.score(other, one)["rougeL"].fmeasure for one, other in zip(written, wanted, strict=True)]
+    return Scores(len(texts), exact, CHRF().corpus_score(written, [wanted]).score, sum(overlap) / len(texts))
 
 
 def _text(codec: TextCodec, ids: list[int], eos: int) -> str:

@@ -1,6 +1,7 @@
 """Preflight of fine-tuning: the pairs that are trained and held out, checked before a process is started."""
 
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -103,7 +104,8 @@ def with_steps(settings: PairSettings, epochs: float | None, pairs: int) -> Pair
         raise UsageError("expected either --steps or --epochs")
     if epochs is None:
         return settings
-    return settings.model_copy(update={"steps": math.ceil(epochs * pairs / settings.batch_pairs)})
+    # As it was written: 1.1 is a little more in binary, which may make one more step.
+    return settings.model_copy(update={"steps": math.ceil(Fraction(repr(epochs)) * pairs / settings.batch_pairs)})
 
 
 def measure(corpus: Corpus, limits: ModelLimits) -> PairSizes:

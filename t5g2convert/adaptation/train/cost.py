@@ -26,6 +26,9 @@ GRADIENT_BYTES: Final = 4
 STATE_BYTES: Final = 2
 """Per element of a layer's input, kept for the backward pass: bfloat16."""
 
+PIXEL_BYTES: Final = 6
+"""Per number of a pixel: in float32, and in bfloat16."""
+
 LOGIT_BYTES: Final = 8
 """Per logit of a chunk: in bfloat16, and in float32; the gradients replace them."""
 
@@ -43,6 +46,7 @@ class Memory:
         inputs: Inputs of all layers for a micro-batch.
         softmax: Logits of one chunk of labels.
         gradient: The rest of the whole gradient, float32, if gradients are summed over devices once a step.
+        images: Pixels of a micro-batch, and the activations of a layer of the tower for all of its images.
     """
 
     states: int
@@ -50,11 +54,12 @@ class Memory:
     inputs: int
     softmax: int
     gradient: int = 0
+    images: int = 0
 
     @property
     def total(self) -> int:
         """Sum of all."""
-        return self.states + self.gathered + self.inputs + self.softmax + self.gradient
+        return self.states + self.gathered + self.inputs + self.softmax + self.gradient + self.images
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,7 @@ def memory(
     chunk: int,
     reduces_once: bool = False,
     adapter: int | None = None,
+    images: int = 0,
 ) -> Memory:
     """Estimate the memory of a device: all but the vision tower or an adapter trained, layers recomputed, bfloat16.
 
@@ -149,6 +155,7 @@ def memory(
         chunk: Labels per chunk of logits, to limit memory.
         reduces_once: Whether gradients are summed over devices once a step.
         adapter: Parameters of the adapter that is trained; None if the model is.
+        images: Images per micro-batch.
     """
     frozen = parameters["vision"] if adapter is None else parameters["total"]
     trained = parameters["total"] - frozen if adapter is None else adapter
@@ -162,4 +169,13 @@ def memory(
         inputs=STATE_BYTES * inputs,
         softmax=LOGIT_BYTES * min(chunk, decoder) * model.decoder.vocab_size,
         gradient=GRADIENT_BYTES * trained * (devices - 1) // devices if reduces_once else 0,
+        images=images * _image_bytes(model.vision),
     )
+
+
+def _image_bytes(tower: SiglipConfig) -> int:
+    """Return the bytes of an image: its pixels, and what a layer of the frozen tower holds at its widest."""
+    pixels, hidden = tower.num_channels * tower.image_size**2, tower.hidden_size
+    # In attention six tensors of the width; in the MLP three, and its inner ones before and after the activation.
+    widest = max(6 * hidden, 3 * hidden + 2 * tower.intermediate_size)
+    return PIXEL_BYTES * pixels + STATE_BYTES * tower.dims["vision_positions"] * widest

@@ -33,13 +33,13 @@ class ReportedElsewhere(T5g2Error):  # noqa: N818 - the error belongs to another
         self.exit_code = exit_code
 
 
-def require_extra() -> None:
-    """Refuse to start if a library of the `adapt` extra is missing.
+def require_extra(*more: str) -> None:
+    """Refuse to start if a library of the `adapt` extra is missing: one of every run, or one of `more`.
 
     Raises:
         UsageError: A library is not installed.
     """
-    absent = [name for name in EXTRA if find_spec(name) is None]
+    absent = [name for name in (*EXTRA, *more) if find_spec(name) is None]
     if absent:
         raise UsageError(f"training needs {', '.join(absent)}: pip install 't5g2convert[adapt]'")
 

@@ -148,6 +148,7 @@ def cost_of(
         chunk=loop.loss_chunk,
         reduces_once=once and devices > 1,
         adapter=adapter,
+        images=schedule.images,
     )
     method = Method(shard_size, loop.recomputed, loop.attention, "step" if once else "pass")
     pace = Pace(samples.shapes, parameters, devices, method=method)
@@ -267,6 +268,7 @@ class Schedule:
         text_tokens: Tokens that encoder and decoder read in text steps, without padding.
         text_operations: Operations of the samples of text steps.
         padding: Share of the tokens of micro-batches that is padding.
+        images: Most images of a micro-batch.
     """
 
     steps: int
@@ -279,6 +281,7 @@ class Schedule:
     text_tokens: int
     text_operations: int
     padding: float
+    images: int = 0
 
     @property
     def operations(self) -> float | None:
@@ -300,7 +303,7 @@ def simulate(samples: Samples[Any], *, devices: int, loop: LoopConfig, steps: in
         steps = min(max(1, SIMULATED // settings.samples_of(0)), settings.steps)
     useful, paid, passes, encoder, labels, read, padded_to = 0, 0, 0, 0, 0, 0, 0
     shapes: Counter[tuple[BatchShape, ...]] = Counter()
-    text_steps, text_tokens, text_operations = 0, 0, 0
+    text_steps, text_tokens, text_operations, images = 0, 0, 0, 0
     for step in range(steps):
         first = first_sample(settings, step)
         sizes = [samples.size(step, first + number) for number in range(settings.samples_of(step))]
@@ -320,6 +323,7 @@ def simulate(samples: Samples[Any], *, devices: int, loop: LoopConfig, steps: in
             padded_to += sum(size.encoder + size.labels for size in padded)
             encoder = max(encoder, *(size.encoder for size in padded))
             labels = max(labels, *(size.labels for size in padded))
+            images = max(images, *(sum(size.images for size in own) for own in each))
             if is_text:
                 shapes[tuple(sorted(_shape(own) for own in each if own))] += 1
     return Schedule(
@@ -333,6 +337,7 @@ def simulate(samples: Samples[Any], *, devices: int, loop: LoopConfig, steps: in
         text_tokens,
         text_operations,
         1 - read / padded_to,
+        images,
     )
 
 

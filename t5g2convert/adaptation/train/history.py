@@ -13,7 +13,6 @@ from pydantic import Field, PositiveInt, model_validator
 
 from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.objectives import AnySettings, read_settings
-from t5g2convert.adaptation.pairs.settings import PairSettings
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints, read_checkpoint_manifest
 from t5g2convert.adaptation.train.run_folder import RUN_FILE
 from t5g2convert.adaptation.train.run_settings import RunSettings, differences, step_range
@@ -145,7 +144,6 @@ class History(ConfigSection):
 
     def facts(self, steps: Sequence[int], tokens: int, model: Path) -> Mapping[str, Any]:
         """Return what a manifest records of the training of a model up to the last of these steps; see `export`."""
-        before = _training_of(model) if isinstance(self.settings, PairSettings) else {}
         return {
             "steps": steps[-1],
             "checkpoints": list(steps),
@@ -154,14 +152,17 @@ class History(ConfigSection):
             "settings_sha256": self.settings_sha256,
             "data_sha256": self.data,
             **({"earlier": documents_of(self.legs)} if self.earlier else {}),
-            **before,
+            **_made_from(model),
         }
 
 
-def _training_of(model: Path) -> Mapping[str, Any]:
-    """Return the training that a model had, as a manifest records it."""
-    found = read_manifest(model).adaptation if (model / MANIFEST_FILE).is_file() else None
-    return {} if found is None else {"before": found.document()}
+def _made_from(model: Path) -> Mapping[str, Any]:
+    """Return the training that a model had, and the adapter that was merged into it, as a manifest records them."""
+    if not (model / MANIFEST_FILE).is_file():
+        return {}
+    found = read_manifest(model)
+    sections = {"before": found.adaptation, "merged": found.merged}
+    return {name: section.document() for name, section in sections.items() if section is not None}
 
 
 def documents_of(legs: Sequence[Leg]) -> list[dict[str, Any]]:

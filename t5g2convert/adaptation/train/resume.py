@@ -14,10 +14,17 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     set_aside,
 )
 from t5g2convert.adaptation.train.history import check_same, newest, read_history
-from t5g2convert.adaptation.train.metrics import truncate
-from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_own_files, check_vacant
+from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until, truncate
+from t5g2convert.adaptation.train.run_folder import (
+    ADAPTER_FOLDER,
+    EXPORT_FOLDER,
+    METRICS_FILE,
+    check_own_files,
+    check_vacant,
+)
 from t5g2convert.adaptation.train.run_settings import RunSettings, differences
 from t5g2convert.adaptation.train.schedule import Leg
+from t5g2convert.checkpoint.file_names import ADAPTER_RECORD
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import OutputError, UsageError
 
@@ -73,7 +80,7 @@ def find_start(
         back_to: The step of the checkpoint to resume from; None for the newest.
 
     Raises:
-        CheckpointError: run.json or the newest checkpoint is not valid or damaged.
+        CheckpointError: run.json, the log or the newest checkpoint is not valid or damaged.
         OutputError: The folder is not empty, or holds links in place of the run's files.
         UsageError: The model, the data, or settings that may not change differ, or there is no such checkpoint.
     """
@@ -101,6 +108,9 @@ def find_start(
     if folder is not None:
         manifest = read_checkpoint_manifest(folder)
         check_files(folder, manifest, part=engine.global_rank, parts=engine.world_size)
+        if engine.global_rank == 0:
+            # An export needs the log of all steps: refused now, not at the end.
+            tokens_until(read_metrics(run / METRICS_FILE), start, run / METRICS_FILE)
     returned = back_to or history.returned
     return Start(
         start,
@@ -114,14 +124,15 @@ def find_start(
 
 
 def go_back(run: Path, step: int) -> None:
-    """Set newer checkpoints and the model that was exported from one aside, and cut the log after a step.
+    """Set newer checkpoints and the model or adapter that was exported from one aside, and cut the log after a step.
 
     Raises:
         OutputError: It cannot be done.
     """
     set_aside(run, step)
-    if (run / EXPORT_FOLDER / MANIFEST_FILE).is_file():
-        rename_abandoned(run / EXPORT_FOLDER)
+    for exported, record in ((EXPORT_FOLDER, MANIFEST_FILE), (ADAPTER_FOLDER, ADAPTER_RECORD)):
+        if (run / exported / record).is_file():
+            rename_abandoned(run / exported)
     try:
         truncate(run / METRICS_FILE, step)
     except OSError as error:

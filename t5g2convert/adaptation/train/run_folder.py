@@ -20,6 +20,7 @@ EVALUATION_FILE: Final = "evaluation.jsonl"
 TENSORBOARD_FOLDER: Final = "tensorboard"
 PLOT_FILE: Final = "loss.svg"
 EXPORT_FOLDER: Final = "model"
+ADAPTER_FOLDER: Final = "adapter"
 LOG_ENDINGS: Final = (".log", ".out", ".err")
 """Endings of the files that batch systems write, often into the folder of the run."""
 

@@ -85,6 +85,8 @@ def _merge_faults(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> I
     for key in ("method", "targets", "tensors"):
         if recorded.get(key) != expected.get(key):
             yield f"t5g2.json records other {key} of the merged adapter than this adapter has"
+    if recorded.get("before") != expected.get("before"):
+        yield "t5g2.json records another merge before this one than the source's own t5g2.json"
 
 
 def mapping_faults(plan: Plan, manifest: Manifest | None, *, shipped: bool) -> Iterator[str]:

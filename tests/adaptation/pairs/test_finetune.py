@@ -11,21 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
+import t5g2convert.adaptation.finetune as finetune_module
 from t5g2convert import verify
 from t5g2convert.adaptation.adapt import adapt
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.rows import PairRow
-from t5g2convert.adaptation.finetune import FinetuneRequest, prepare
+from t5g2convert.adaptation.finetune import FinetuneRequest, finetune, prepare
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
-from t5g2convert.adaptation.train import checkpoints, evaluation
+from t5g2convert.adaptation.merge import merge
+from t5g2convert.adaptation.pairs.preflight import with_steps
+from t5g2convert.adaptation.train import checkpoints, distributed, evaluation
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
-from t5g2convert.adaptation.train.evaluation import Evaluation, best_of
+from t5g2convert.adaptation.train.evaluation_log import Evaluation, Measure, Scores, best_of
 from t5g2convert.adaptation.train.history import read_history
 from t5g2convert.adaptation.train.loss import IDLE_PIXELS, IGNORED, PIXELS
 from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, DataError, T5g2Error, UsageError
+from t5g2convert.publish.card import model_card
+from tests.adaptation.adapters import write_adapter
 from tests.adaptation.finetunings import finetune_here, finetune_request
 from tests.adaptation.trainings import request_of, run, settings_of, steps_of, tensors_of
 
@@ -281,6 +286,80 @@ def test_a_run_that_dies_before_its_best_checkpoint_is_saved_is_resumed_exactly(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_best_is_chosen_among_checkpoints_that_are_there(
+    small: Path, pairs: Path, tmp_path: Path, losses: list[float]
+) -> None:
+    losses += [5.0, 1.0, 3.0, 4.0]
+    request = held_out(small, pairs, tmp_path / "run", keep=1, keep_best=False)
+    finetune_here(request)
+    notes: list[str] = []
+    more = changed(request, resume=True, steps=6, keep_best=True, export=True)
+    outcome = finetune(more, begun=lambda found, _: notes.extend(found), report=lambda _: None)
+    # The checkpoint of step 2 was not kept; that of step 4 was.
+    assert (outcome.best, outcome.checkpoint.name) == (4, "step-00000004")
+    assert any("step 2 was the best so far, but its checkpoint is gone" in note for note in notes)
+    manifest = read_manifest(tmp_path / "run/model")
+    assert manifest.adaptation is not None
+    assert manifest.adaptation.checkpoints == [4]
+
+
+@pytest.mark.parametrize("other", [{"eval_samples": 7}, {"eval": None}])
+def test_evaluations_of_other_pairs_are_never_compared(
+    other: dict[str, Any], small: Path, pairs: Path, tmp_path: Path, losses: list[float]
+) -> None:
+    losses += [5.0, 3.0, 2.0, 1.0]
+    request = held_out(small, pairs, tmp_path / "run", eval=pairs, eval_samples=6)
+    finetune_here(request)
+    with pytest.raises(UsageError, match="has evaluations of other held-out pairs"):
+        finetune_here(changed(request, resume=True, steps=6, **other))
+    # Without a decision they are only listed; the learning rate does not matter.
+    how: dict[str, Any] = {"keep_best": False, "lr": 1e-3, "change": True}
+    outcome, _ = finetune_here(changed(request, resume=True, steps=6, **other, **how))
+    assert [found.step for found in outcome.evaluations] == [0, 2, 4, 6]
+    assert len({found.data for found in outcome.evaluations}) == 2
+
+
+def test_the_best_may_be_that_of_a_score_and_the_loss_decides_between_equal_ones() -> None:
+    scores = [None, (0.0, 9.0, 0.2), (0.5, 1.0, 0.1), (0.5, 3.0, 0.3)]
+    found = [
+        Evaluation(step, {"pairs": 5.0 - step}, {"pairs": 0.0}, {"pairs": 1}, {}, score and Scores(1, *score))
+        for step, score in enumerate(scores, 1)
+    ]
+    ways: list[Measure] = ["loss", "exact", "chrf", "rouge-l"]
+    best = [best_of(found, by) for by in ways]
+    assert [each and each.step for each in best] == [4, 4, 2, 4]
+    first = best_of(found[:3], "exact")
+    assert first is not None
+    assert first.step == 3
+
+
+def test_a_run_keeps_the_checkpoint_with_the_best_score(
+    small: Path, pairs: Path, tmp_path: Path, losses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses += [5.0, 3.0, 2.0, 1.0]
+    scores = iter([Scores(1, 0.0, 0.0, 0.0), Scores(1, 1.0, 1.0, 1.0), *[Scores(1, 0.5, 1.0, 1.0)] * 2])
+    monkeypatch.setattr(finetune_module, "generate_and_score", lambda *_, **__: next(scores))
+    request = held_out(small, pairs, tmp_path / "run", steps=6, generate_eval=True, best="exact", patience=1)
+    outcome, _ = finetune_here(request)
+    assert (outcome.best, outcome.stopped) == (2, 4)
+    again, _ = finetune_here(changed(request, resume=True))
+    assert (again.best, again.stopped) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"), [({"lora": 2}, "peft"), ({"generate_eval": True}, "sacrebleu, rouge_score")]
+)
+def test_a_missing_library_is_named_before_the_run_starts(
+    changes: dict[str, Any], missing: str, small: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = distributed.find_spec
+    absent = ("peft", "sacrebleu", "rouge_score")
+    monkeypatch.setattr(distributed, "find_spec", lambda name: None if name in absent else there(name))
+    with pytest.raises(UsageError, match=f"training needs {missing}: pip install"):
+        finetune_here(held_out(small, pairs, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
     losses = [float("nan"), 2.0, float("nan"), 3.0]
     found = [Evaluation(step, {"pairs": loss}, {"pairs": loss}, {"pairs": 1}) for step, loss in enumerate(losses, 1)]
@@ -363,6 +442,13 @@ def test_epochs_become_steps_and_run_json_names_the_objective(small: Path, pairs
     assert finetune_here(changed(request, resume=True))[1] == []
 
 
+@pytest.mark.parametrize(
+    ("epochs", "pairs", "batch", "steps"), [(1.1, 100, 10, 11), (3, 40, 7, 18), (0.3, 10, 1, 3), (1e-9, 40, 7, 1)]
+)
+def test_epochs_are_taken_as_they_are_written(epochs: float, pairs: int, batch: int, steps: int) -> None:
+    assert with_steps(FinetuneOptions(lr=1e-3, batch_pairs=batch), float(epochs), pairs).steps == steps
+
+
 def test_a_run_of_one_objective_is_not_resumed_with_another(small: Path, pairs: Path, tmp_path: Path) -> None:
     finetune_here(finetune_request(small, pairs, tmp_path / "pairs"))
     with pytest.raises(UsageError, match="cannot be resumed with these options"):
@@ -391,6 +477,28 @@ def test_a_model_trained_with_ul2_before_keeps_its_record(small: Path, pairs: Pa
     adapt(again, begun=lambda notes: None, report=lambda metrics: None)
 
 
+def test_a_merged_model_that_is_trained_again_keeps_all_records(small: Path, pairs: Path, tmp_path: Path) -> None:
+    finetune_here(finetune_request(small, pairs, tmp_path / "first", steps=1, export=True))
+    first = tmp_path / "first/model"
+    adapter = write_adapter(first, tmp_path / "adapter", target_modules=r".*decoder.*q_proj")
+    merge(first, adapter, tmp_path / "merged")
+    request = finetune_request(small, pairs, tmp_path / "second", steps=1, export=True)
+    finetune_here(replace(request, model=tmp_path / "merged"))
+    source, record = read_manifest(tmp_path / "merged"), read_manifest(tmp_path / "second/model").adaptation
+    assert record is not None
+    assert (record.before, record.merged) == (source.adaptation, source.merged)
+    assert verify(tmp_path / "second/model", tmp_path / "merged").passed
+    assert "| merged before | a LoRA adapter, into " in model_card(
+        tmp_path / "second/model", repo="", source_card=None, existing=None, mode="replace"
+    )
+    # And so does a training with UL2.
+    again = replace(request_of(small, tmp_path / "ul2", settings_of(steps=1), export=True), model=tmp_path / "merged")
+    adapt(again, begun=lambda notes: None, report=lambda metrics: None)
+    ul2 = read_manifest(tmp_path / "ul2/model").adaptation
+    assert ul2 is not None
+    assert (ul2.before, ul2.merged) == (source.adaptation, source.merged)
+
+
 # Refusals
 
 
@@ -401,6 +509,7 @@ def test_a_model_trained_with_ul2_before_keeps_its_record(small: Path, pairs: Pa
         ({"epochs": 1.0}, "expected either --steps or --epochs"),
         ({"patience": 1}, "--patience needs held-out pairs"),
         ({"generate_eval": True}, "--generate-eval needs held-out pairs"),
+        ({"best": "exact", "eval_pairs": 2}, "--best exact needs --generate-eval"),
         ({"eval_pairs": 40}, "--eval-pairs leaves none of the 40 pairs of data to train"),
         ({"from_step": 2}, "--from needs --resume"),
         ({"generate_eval": True, "eval_pairs": 2, "attention": "blocks"}, "--attention"),

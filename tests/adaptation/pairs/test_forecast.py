@@ -1,11 +1,14 @@
 """What `t5g2 finetune --dry-run` prints."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from t5g2convert.adaptation.finetune import prepare
+from t5g2convert.adaptation.pairs.forecast import forecast_pairs
+from t5g2convert.adaptation.train.cost import memory
 from tests.adaptation.finetunings import OPTIONS, finetune_request, finetuned
 
 RUN = (*OPTIONS, "--epochs", "3", "--eval-pairs", "6", "--micro-batch", "2", "--devices", "2", "--dry-run")
@@ -19,6 +22,22 @@ def test_a_dry_run_says_what_the_run_would_do(small: Path, pairs: Path, tmp_path
     assert lines.keys() == {"steps", "pairs", "padding", "a step", "passes", "a device", "speed", "assumed"}
     assert " tokens/s in steps of " in lines["speed"]
     assert not (tmp_path / "run").exists()
+
+
+def test_its_memory_counts_the_images_of_a_pass(small: Path, pairs: Path, tmp_path: Path) -> None:
+    request = finetune_request(small, pairs, tmp_path / "run", steps=40, batch_pairs=8, micro_batch=4)
+    prepared = prepare(request)
+    places = list(prepared.samples.order(request.options, rank=0, world=1))
+    most = max(sum(len(prepared.samples.pair(i).images) for i in place.samples) for place in places)
+    assert most > 1
+    found = forecast_pairs(prepared, devices=1, loop=request.options).cost.memory
+    one = memory(
+        prepared.samples.shapes,
+        dict.fromkeys(("embedding", "encoder", "decoder", "vision", "projector", "total"), 1),
+        devices=1, encoder=1, decoder=1, chunk=1, images=1,
+    )  # fmt: skip
+    assert found.images == most * one.images
+    assert found.total == sum(asdict(found).values())
 
 
 def test_its_padding_is_that_of_the_batches(small: Path, pairs: Path, tmp_path: Path) -> None:

@@ -73,4 +73,7 @@ def test_equal_texts_count_whatever_white_space_is_around_them() -> None:
     assert found.texts == 3
     assert found.exact == pytest.approx(1 / 3)
     assert 0 < found.chrf < 100
+    assert found.rouge_l == pytest.approx(1 / 3)
+    # Four of five words, in order: precision and recall are 4/5 and 4/4.
+    assert compare([("a b x c d", "A b, c d.")]).rouge_l == pytest.approx(8 / 9)
     assert compare([("same", "same")]).chrf == pytest.approx(100)

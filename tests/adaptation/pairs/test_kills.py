@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
-from t5g2convert.adaptation.train.evaluation import read_evaluations
+from t5g2convert.adaptation.train.evaluation_log import read_evaluations
 from tests.adaptation.finetunings import OPTIONS, finetuned
 from tests.adaptation.train.test_kills import TOLERANCE, assert_close
 from tests.adaptation.trainings import steps_of

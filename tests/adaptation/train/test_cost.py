@@ -1,13 +1,18 @@
 """Estimated operations and memory of training, compared with torch's own counts."""
 
 import json
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import T5Gemma2ForConditionalGeneration
+from transformers import SiglipVisionConfig, SiglipVisionModel, T5Gemma2ForConditionalGeneration
 
 from t5g2convert import inspect
 from t5g2convert.adaptation.train.cost import Memory, memory, operations
@@ -15,6 +20,47 @@ from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.model import recompute_activations
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2
 from tests.conftest import TwinFolder
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes that operations keep alive, parameters and their views excepted."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = {each.untyped_storage()._cdata for each in parameters}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor) and (key := each.untyped_storage()._cdata) not in self._known:
+                self._known.add(key)
+                self.now += (size := each.untyped_storage().nbytes())
+                self.most = max(self.most, self.now)
+                weakref.finalize(each.untyped_storage(), self._freed, key, size)
+        return made
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(("hidden", "inner", "patch", "size"), [(64, 172, 4, 64), (1152, 4304, 14, 224)])
+def test_the_memory_of_an_image_is_what_the_frozen_tower_holds(
+    converted_twin: TwinFolder, hidden: int, inner: int, patch: int, size: int
+) -> None:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "patch_size": patch, "image_size": size}
+    model = shapes(converted_twin("images-8"))
+    model = replace(model, vision=model.vision.model_copy(update=sizes))
+    config = SiglipVisionConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, vision_use_head=False)
+    tower = SiglipVisionModel(config).bfloat16().requires_grad_(False)
+    pixels = torch.zeros(3, 3, size, size)
+    with Live(tower.parameters()) as live:
+        tower(pixel_values=pixels.bfloat16())
+    parts = dict.fromkeys(("embedding", "encoder", "decoder", "vision", "projector", "total"), 1)
+    found = memory(model, parts, devices=1, encoder=1, decoder=1, chunk=1, images=3).images
+    assert found == pytest.approx(live.most + pixels.nbytes, rel=0.15)
+
 
 ENCODER, DECODER, SAMPLES = 23, 11, 2
 

@@ -11,14 +11,8 @@ import torch
 from t5g2convert.adaptation.adapt import adapt
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train import evaluation as module_under_test
-from t5g2convert.adaptation.train.evaluation import (
-    Evaluation,
-    evaluate,
-    hide_encoder,
-    overfitting,
-    read_evaluations,
-    write_evaluations,
-)
+from t5g2convert.adaptation.train.evaluation import evaluate, hide_encoder
+from t5g2convert.adaptation.train.evaluation_log import Evaluation, overfitting, read_evaluations, write_evaluations
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.adaptation.train.model import load_model

@@ -34,7 +34,7 @@ def test_a_dry_run_agrees_with_the_run(small: Path, trained: Path, tmp_path: Pat
     most = max(task["sentinels"] for task in forecast["tasks"])
     assert forecast["sentinels"][0] - forecast["sentinels"][1] + 1 == most
     assert forecast["memory"]["total"] == sum(
-        forecast["memory"][part] for part in ("states", "gathered", "inputs", "softmax", "gradient")
+        forecast["memory"][part] for part in ("states", "gathered", "inputs", "softmax", "gradient", "images")
     )
     assert forecast["operations"] > 0
     speed = forecast["throughput"]

@@ -11,7 +11,7 @@ import torch
 
 from t5g2convert.adaptation import training
 from t5g2convert.adaptation.adapt import Request, adapt, foresee
-from t5g2convert.adaptation.train import checkpoint_manifest, loop
+from t5g2convert.adaptation.train import checkpoint_manifest, evaluation, loop
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
 from t5g2convert.adaptation.train.history import read_history
 from t5g2convert.adaptation.train.resume import go_back
@@ -100,6 +100,35 @@ def test_the_same_command_goes_back_once(again: Request) -> None:
     outcome, _ = run(changed(again, from_step=4, change=True, lr=5e-4))
     assert (outcome.start, read_history(again.run).returned) == (4, 4)
     assert "step-00000006.abandoned-3" in names_in(again.run)
+
+
+def test_evaluations_after_the_checkpoint_are_gone_at_once(again: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    slower = changed(again, from_step=2, change=True, lr=5e-4)
+    compute = evaluation.evaluate
+
+    def die(*arguments: Any, **options: Any) -> evaluation.Evaluation:
+        if options["step"] == 4:
+            raise DataError("died")
+        return compute(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", die)
+        with pytest.raises(DataError, match="died"):
+            run(slower)
+    # The checkpoint of step 4 is new, so the loss that the run had there before is not that of this checkpoint.
+    assert evaluated(again.run) == [0, 2]
+    assert [found.step for found in run(slower)[0].evaluations] == [0, 2, 4, 6]
+
+
+def test_a_log_without_the_steps_of_the_checkpoint_is_refused_before_the_run_goes_on(again: Request) -> None:
+    log = again.run / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:1] + lines[2:]))
+    with pytest.raises(CheckpointError, match="has no line for step 2"):
+        run(again)
+    log.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="has no line for step 1"):
+        run(again)
 
 
 def test_other_settings_hold_from_the_chosen_checkpoint_on(again: Request) -> None:
