@@ -7,7 +7,9 @@ the same bytes.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
+
+import yaml
 
 from t5g2convert.checkpoint.card_seal import CARD_FILE, is_sealed
 from t5g2convert.checkpoint.file_store import is_repo_id
@@ -201,7 +203,4 @@ def _changes(card: Card, owned: list[str], stated: Metadata) -> tuple[list[str],
 
 def _yaml(key: str, value: str | list[str]) -> str:
     """Return one key of the metadata in the form that huggingface_hub writes."""
-    from huggingface_hub import ModelCardData
-
-    known: dict[str, Any] = {key: value}
-    return str(ModelCardData(**known).to_yaml())
+    return str(yaml.safe_dump({key: value}, allow_unicode=True, sort_keys=False)).strip()
