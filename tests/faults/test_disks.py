@@ -164,10 +164,10 @@ def test_O2_a_folder_that_may_not_be_written(public: Path, overwrite: bool) -> N
             "-c",
             AS_NOBODY,
             "convert",
-            "--no-verify",
-            "--no-card",
             public / "source",
             target,
+            "--no-verify",
+            "--no-card",
             *["--overwrite"] * overwrite,
         ]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
