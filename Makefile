@@ -7,7 +7,9 @@ FUZZ_SECONDS ?= 60
 REAL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/t5g2convert/gemma-3-270m
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# uv where it is installed (UV_TORCH_BACKEND=cpu chooses a torch without CUDA), otherwise pip; both show their progress.
+UV := $(shell command -v uv 2>/dev/null)
+PIP := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check)
 
 .PHONY: help demo test test-all test-oldest test-keras real faults fuzz check fmt docs bench clean
 

@@ -41,6 +41,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen.add(function)
 
 
+@pytest.fixture(autouse=True)
+def _verified_on_request(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify a conversion only with --verify, so that a test may write a wrong one, except in tests of the default."""
+    if "verified_by_default" not in request.fixturenames:
+        monkeypatch.setattr("t5g2convert.cli.convert.VERIFIED_BELOW", 0)
+
+
+@pytest.fixture
+def verified_by_default() -> None:
+    """Verify small conversions without --verify, as outside of tests."""
+
+
 @pytest.fixture(scope="session")
 def gemma3_map() -> WeightMap:
     """The shipped map."""

@@ -39,8 +39,8 @@ def card(
 
     Works without network.
     """
+    from t5g2convert.checkpoint.card_seal import CARD_FILE, is_sealed, sealed
     from t5g2convert.publish.card import model_card
-    from t5g2convert.publish.frontmatter import CARD_FILE
 
     path = output / CARD_FILE
     source_text = None if source_card is None else _read(source_card, CheckpointError)
@@ -49,7 +49,7 @@ def card(
     text = model_card(output, repo=repo, source_card=source_text, existing=existing, mode=mode, start=source)
     assert text is not None, "only the mode keep returns none"
     if write:
-        _write(path, text)
+        _write(path, sealed(text) if existing is not None and is_sealed(existing) else text)
         print(f"wrote {printable(str(path))}")  # noqa: T201
     else:
         sys.stdout.write(printable(text.replace("\r\n", "\n"), keep="\n"))

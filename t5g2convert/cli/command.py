@@ -1,15 +1,25 @@
-"""The import of a command when it runs, and the base of all commands."""
+"""The import of a command when it runs, and the layout of all help pages."""
 
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, get_args, get_type_hints
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-ORIGINS: Final = {"source", "decoder_from", "vision_from", "mapping", "dataset", "against"}
+from t5g2convert.cli.examples import EXAMPLES
+
+ORIGINS: Final = {
+    "source": "MODEL", "decoder_from": "MODEL", "vision_from": "MODEL", "against": "MODEL", "mapping": "MAP",
+    "dataset": "DATASET",
+}  # fmt: skip
 """Options that take the name of a folder, a file or a model on the Hub, but do not have the type Path."""
+
+
+VALUES: Final = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+"""The placeholder for the value of an option without a metavar, by its type."""
 
 
 class LazyCommand(TyperCommand):
@@ -51,7 +61,7 @@ class Command(TyperCommand):
             hints = get_type_hints(self.callback) if self.callback is not None else {}
             given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
             for parameter in self.get_params(ctx):
-                name, is_option = str(parameter.name), parameter.param_type_name == "option"
+                name, is_option = str(parameter.name), _is_option(parameter)
                 value = given.get(name)
                 values = value if isinstance(value, list | tuple) else [value]
                 if is_option and name not in ORIGINS and not _holds_path(hints.get(name)):
@@ -61,17 +71,82 @@ class Command(TyperCommand):
                     raise typer.BadParameter(f"{shown} is empty (is a variable not set?)", ctx=ctx)
         return super().parse_args(ctx, args)
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Name the arguments in capitals."""
+        return ["[OPTIONS]", *(placeholder(each) for each in self.get_params(ctx) if not _is_option(each))]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a section for each group, in order of first appearance."""
+        """Write a section for each group, in order of first appearance, and the examples."""
+        hints = get_type_hints(self.callback) if self.callback is not None else {}
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
-                name = getattr(parameter, "rich_help_panel", None)
-                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                groups.setdefault(name or kind, []).append(record)
+            if (record := parameter.get_help_record(ctx)) is None:
+                continue
+            label, text = record
+            if not _is_option(parameter):
+                label, text = placeholder(parameter), text.replace("  [required]", "")
+            elif (value := value_name(parameter, hints.get(parameter.name, bool))) is not None:
+                label = f"{', '.join(parameter.opts)} {value}"
+            name = getattr(parameter, "rich_help_panel", None)
+            groups.setdefault(name or ("Options" if _is_option(parameter) else "Arguments"), []).append((label, text))
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+        if examples := EXAMPLES.get(ctx.command_path.partition(" ")[2]):
+            # A command line is copied, so it is not wrapped.
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {line}\n" for line in examples))
+
+
+class Commands(TyperGroup):
+    """A group of commands: their whole summaries, in sections if the application has several."""
+
+    sections: Mapping[str, Collection[str]] = {}
+    """The names of the commands in each section."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections; commands that are in none are in the last one."""
+        rest = dict.fromkeys(self.list_commands(ctx))
+        for title, names in self.sections.items():
+            self._write(title, [name for name in names if name in rest], formatter)
+            rest = {name: None for name in rest if name not in names}
+        self._write("Other commands" if self.sections else "Commands", list(rest), formatter)
+
+    def _write(self, title: str, names: list[str], formatter: Any) -> None:
+        if names:
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(10_000)) for name in names])
+
+
+def placeholder(argument: Any) -> str:
+    """Return the name of an argument in usage lines: SOURCE, or [SOURCE] if it may be left out."""
+    name = str(argument.metavar or argument.name.upper())
+    return name if argument.required else f"[{name}]"
+
+
+def value_name(option: Any, kind: Any) -> str | None:
+    """Return the placeholder for an option's value, or its choices; None for an option without a value.
+
+    Args:
+        option: The option, as typer has it.
+        kind: Its type in Python; of a list or an optional type the type of its values counts.
+    """
+    choices = get_args(kind)
+    if type(None) in choices:
+        (kind,) = (each for each in choices if each is not type(None))
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)  # given several times
+    if kind is bool:
+        return None
+    if option.metavar:
+        return str(option.metavar)
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    return ORIGINS.get(option.name) or VALUES[kind]
+
+
+def _is_option(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "option")
 
 
 def _holds_path(hint: Any) -> bool:

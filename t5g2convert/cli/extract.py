@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption
-from t5g2convert.cli.convert import VerifyOption, write_folder
+from t5g2convert.cli.convert import CardOption, VerifyOption, write_folder
 from t5g2convert.cli.options import with_options
 from t5g2convert.cli.upload import PushOption
 from t5g2convert.conversion.options import ConvertOptions
@@ -21,10 +21,12 @@ def extract(
         typer.Option("--part", help="encoder: only T5Gemma 2's encoder; decoder: a Gemma 3."),
     ],
     options: ConvertOptions,
-    verify: VerifyOption = False,
+    verify: VerifyOption = None,
+    card: CardOption = True,
     push_to: PushOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Take the encoder out of a T5Gemma 2 folder, or its decoder as the Gemma 3 that it is without memory."""
-    write_folder(source, dest, options.replace(part=part), verify=verify, push_to=push_to, as_json=as_json)
+    options = options.replace(part=part)
+    write_folder(source, dest, options, verify=verify, card=card, push_to=push_to, as_json=as_json)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from t5g2convert.cli.command import LazyCommand
+from t5g2convert.cli.command import Commands, LazyCommand
 from t5g2convert.cli.console import emit_json
 from t5g2convert.cli.streams import finish_streams, keep_working, prepare_streams, reader_left
 from t5g2convert.errors import HubError, Interrupted, MappingError, OutputError, T5g2Error, UsageError
@@ -61,10 +61,29 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 """The commands in the order of `--help`, each with the first sentence of its help."""
 
+SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "Convert": ("demo", "inspect", "plan", "convert", "extract", "mappings"),
+    "Prove": ("verify", "compare"),
+    "Run": ("generate",),
+    "Train": ("pack", "adapt", "finetune", "average", "merge", "probe-sentinels"),
+    "Publish": ("card", "upload"),
+    "Installation": ("doctor",),
+}
+"""The sections of `--help`; each command is in one."""
+
+
+class Application(Commands):
+    """The commands of t5g2, in sections."""
+
+    sections = SECTIONS
+
+
 ABOUT: Final = "Convert Gemma 3 checkpoints to T5Gemma 2 encoder-decoders, exactly, and train them."
 
 app = typer.Typer(
     name="t5g2",
+    cls=Application,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help=ABOUT,
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -4,19 +4,23 @@ from typing import Annotated
 
 import typer
 
-from t5g2convert.cli.command import Command
+from t5g2convert.cli.command import Command, Commands
 from t5g2convert.cli.console import PART_STYLES, DebugOption, JsonOption, console, emit_json, table
+from t5g2convert.cli.options import map_names
 from t5g2convert.printable import printable
 
 app = typer.Typer(
     name="mappings",
+    cls=Commands,
     help="List, show and check weight maps, and print their JSON Schema.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
 
-NameArgument = Annotated[str, typer.Argument(help="Name of a shipped mapping, or path of a file.")]
+NameArgument = Annotated[
+    str, typer.Argument(help="Name of a shipped mapping, or path of a file.", autocompletion=map_names)
+]
 
 
 @app.command("list", cls=Command)

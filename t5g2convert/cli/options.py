@@ -4,12 +4,30 @@ import inspect
 import types
 from collections.abc import Callable, Collection
 from functools import wraps
-from typing import Annotated, Any, Union, get_args, get_origin, overload
+from typing import Annotated, Any, Final, Union, get_args, get_origin, overload
 
 import typer
 from pydantic.fields import FieldInfo
 
 from t5g2convert.command_options import CommandOptions, Option
+
+
+def map_names(incomplete: str) -> list[str]:
+    """Return the names of the shipped maps that start with a text, for the shell's completion."""
+    from t5g2convert.mapping.library import shipped_maps
+
+    return [each.map.name for each in shipped_maps() if each.map.name.startswith(incomplete)]
+
+
+def preset_names(incomplete: str) -> list[str]:
+    """Return the presets of the shipped maps that start with a text."""
+    from t5g2convert.mapping.library import shipped_maps
+
+    return [name for each in shipped_maps() for name in each.map.presets if name.startswith(incomplete)]
+
+
+NAMES: Final = {"mapping": map_names, "preset": preset_names}
+"""The completion of options whose values are names."""
 
 
 @overload
@@ -99,6 +117,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         metavar=option.metavar,
         show_default=True if described is None else described,
         rich_help_panel=option.group,
+        autocompletion=NAMES.get(name),
         **bounds,
     )
     if field.is_required():

@@ -70,14 +70,14 @@ def run_and_print(name: str, start: "Callable[[Watched], Outcome]", *, every: in
 
             def report(step: "Metrics") -> None:
                 if not as_json and (step.step % every == 0 or step.step == last):
-                    typer.echo(step.line)
+                    _say(step.line)
                 advance(step.step)
                 # If the exception of a signal was lost, for example in a destructor, stop the run here.
                 raise_interruption()
 
             def evaluated(found: "Evaluation") -> None:
                 if not as_json:
-                    typer.echo(found.line)
+                    _say(found.line)
 
             outcome = start(Watched(begun, report, evaluated))
     except ReportedElsewhere as error:
@@ -117,6 +117,11 @@ def _print(outcome: "Outcome") -> None:
         how = "already exported, unchanged" if outcome.adapter.before else "loads in peft"
         out.print(f"adapter     {outcome.adapter.output}, {outcome.adapter.targets} targets, {how}", soft_wrap=True)
         out.print(f"t5g2 merge MODEL {outcome.adapter.output} OUTPUT makes a model of it", soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    # typer.echo would write around the display of the bar, into the line that it is drawn in.
+    print(line, flush=True)  # noqa: T201
 
 
 @contextmanager

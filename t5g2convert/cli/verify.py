@@ -1,6 +1,7 @@
 """`t5g2 verify`, and the verification at the end of `t5g2 convert --verify`."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from t5g2convert.checkpoint.atomic_write import check_replaceable, replace_file
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
 from t5g2convert.cli.options import with_options
-from t5g2convert.errors import OutputError, UsageError, VerificationError
+from t5g2convert.errors import CheckpointError, OutputError, UsageError, VerificationError
 from t5g2convert.parity.options import VerifyOptions
 from t5g2convert.printable import printable
 
@@ -35,9 +36,16 @@ def verify(
         str | None,
         typer.Option(
             "--source",
-            help="The folder or model it was converted or trained from; without it, only the files are checked.",
+            help="The folder or model it was converted or trained from.",
         ),
     ] = None,
+    integrity_only: Annotated[
+        bool,
+        typer.Option(
+            "--integrity-only",
+            help="Check only the files, and that the model runs. Without --source and this option, the exit code is 6.",
+        ),
+    ] = False,
     options: VerifyOptions,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write the checks as JUnit XML.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page.")] = None,
@@ -47,6 +55,9 @@ def verify(
     """Judge a conversion: files, bytes, settings, and what both models compute. Exits 6 if anything is wrong."""
     from t5g2convert.parity.verify import verify as judge
 
+    if integrity_only and source is not None:
+        raise UsageError("--integrity-only and --source cannot be used together")
+    _check_order(output, source)
     inputs = [output, source, options.decoder_from, options.vision_from, options.mapping, options.adapter]
     inputs += [options.text, options.image]
     # A verification takes minutes, so refuse a report that cannot be written before it starts.
@@ -58,8 +69,31 @@ def verify(
         emit_json(report.to_json())
     else:
         print_report(report, console())
-    if not report.passed:
+    if not report.passed or not (report.complete or integrity_only):
         raise typer.Exit(VerificationError.exit_code)
+
+
+def _check_order(output: Path, source: str | None) -> None:
+    """Refuse the source in place of the output, and the output in place of the source.
+
+    Raises:
+        UsageError: The output is a Gemma without t5g2.json, and the source is a folder that t5g2 made of a Gemma.
+    """
+    from t5g2convert.checkpoint.folder import read_json_object
+    from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+
+    if source is None or (output / MANIFEST_FILE).exists() or not (Path(source) / MANIFEST_FILE).is_file():
+        return
+    try:
+        kind = read_json_object(output / "config.json").get("model_type")
+        made_from = read_manifest(Path(source)).source.family
+    except CheckpointError:
+        return  # the verification says what is wrong
+    if isinstance(kind, str) and kind.removesuffix("_text") == made_from and not kind.startswith("t5gemma"):
+        raise UsageError(
+            f"the output and --source are swapped: {output} is a {kind}, and t5g2 made {source} from one",
+            hint=shlex.join(["t5g2", "verify", source, "--source", str(output)]),
+        )
 
 
 def write_reports(report: "Report", junit: Path | None, html: Path | None) -> None:
@@ -161,7 +195,7 @@ def print_report(report: "Report", out: "Console") -> None:
     elif report.complete:
         verdict = Text("verified", "bold green")
     else:
-        verdict = Text("intact, but not compared with its source; use --source", "bold yellow")
+        verdict = Text("intact, but not compared with its source; pass it with --source", "bold yellow")
     if report.dtype is not None:
         verdict.append(f" in {report.dtype} on {report.device}", "not bold default")
     out.print(verdict)

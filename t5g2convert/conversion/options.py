@@ -16,6 +16,11 @@ from t5g2convert.conversion.plan.layer_spec import LayerSpec, parse_layers
 from t5g2convert.errors import UsageError
 from t5g2convert.progress import Progress
 
+MODELS: Final = "Models and layers"
+SETTINGS: Final = "Map and settings"
+FILES: Final = "Files"
+"""The sections of `--help`."""
+
 Dtype = Literal["keep", "bfloat16", "float16", "float32"]
 """The values of `--dtype`."""
 
@@ -67,7 +72,8 @@ class PlanOptions(CommandOptions):
     """
 
     mapping: Annotated[
-        str | None, Option("Name of a shipped mapping, or path of your own.", default="by the source's model_type")
+        str | None,
+        Option("Name of a shipped mapping, or path of your own.", default="by the source's model_type", group=SETTINGS),
     ] = None
     part: Annotated[
         Literal["encoder", "decoder"] | None, Option("Plan an extraction of this part: encoder or decoder.")
@@ -77,10 +83,12 @@ class PlanOptions(CommandOptions):
         Option(
             "Take the decoder's layers from this Gemma 3 folder or model, of the same width and vocabulary.",
             default="SOURCE",
+            group=MODELS,
         ),
     ] = None
     embedding_from: Annotated[
-        Literal["source", "decoder-from"], Option("The parent that provides the embedding table of both stacks.")
+        Literal["source", "decoder-from"],
+        Option("The parent that provides the embedding table of both stacks.", group=MODELS),
     ] = "source"
     encoder_layers: Annotated[
         LayerSpec | None,
@@ -88,13 +96,15 @@ class PlanOptions(CommandOptions):
             "Parent layers to use for the encoder, counted from 0: first:N, A:B, A:B:STEP (B excluded), or 0,3,5:12.",
             default="all",
             metavar="SPEC",
+            group=MODELS,
         ),
     ] = None
-    decoder_layers: Annotated[LayerSpec | None, Option("The same for the decoder.", default="all", metavar="SPEC")] = (
-        None
-    )
+    decoder_layers: Annotated[
+        LayerSpec | None, Option("The same for the decoder.", default="all", metavar="SPEC", group=MODELS)
+    ] = None
     vision_from: Annotated[
-        Origin | None, Option("Take the vision tower for a text-only source from this Gemma 3 folder or model.")
+        Origin | None,
+        Option("Take the vision tower for a text-only source from this Gemma 3 folder or model.", group=MODELS),
     ] = None
     projector: Annotated[
         Literal["copy", "zeros", "aligned"] | None,
@@ -102,44 +112,54 @@ class PlanOptions(CommandOptions):
             "The projector: copy (the donor's, for equal widths), zeros (untrained), or aligned (the donor's, mapped "
             "by least squares between both embeddings).",
             default="copy for equal widths, else zeros",
+            group=MODELS,
         ),
     ] = None
     ridge: Annotated[
         float,
-        Option("For --projector aligned: ridge penalty, for example 1e-6; needed if the embeddings determine no map."),
+        Option(
+            "For --projector aligned: ridge penalty, for example 1e-6; needed if the embeddings determine no map.",
+            group=MODELS,
+        ),
     ] = 0.0
     rope_scaling: Annotated[
         str,
         Option(
             "keep, or linear:F: divide positions in full layers by F, for inputs F times longer.",
             metavar="SCALING",
+            group=SETTINGS,
         ),
     ] = KEEP
-    sliding_window: Annotated[int | None, Option("Window of sliding layers, in tokens.", default="the source's")] = None
+    sliding_window: Annotated[
+        int | None, Option("Window of sliding layers, in tokens.", default="the source's", group=SETTINGS)
+    ] = None
     encoder_norm: Annotated[
         str,
         Option(
             "The encoder's final norm: keep, or the one factor that it multiplies by instead of its parent's, a number "
             "or unit for 1.",
             metavar="keep|unit|FACTOR",
+            group=SETTINGS,
         ),
     ] = KEEP
     preset: Annotated[
-        str | None, Option("Use the settings of a release, for example t5gemma-2-270m-270m.", metavar="NAME")
+        str | None,
+        Option("Use the settings of a release, for example t5gemma-2-270m-270m.", metavar="NAME", group=SETTINGS),
     ] = None
     keep_rows: Annotated[
         bool,
         Option(
             "Keep all rows of the embedding table; the image token then keeps its id. By itself convert cuts a table "
             "of 262208 rows to 262144 where no id in use has one of the last 64.",
+            group=SETTINGS,
         ),
     ] = False
-    drop_heads: Annotated[bool, Option("Leave out a head for classes, rewards or values; it is refused otherwise.")] = (
-        False
-    )
+    drop_heads: Annotated[
+        bool, Option("Leave out a head for classes, rewards or values; it is refused otherwise.", group=SETTINGS)
+    ] = False
     dtype: Annotated[
         Dtype,
-        Option("Dtype of the output: keep, bfloat16, float16 or float32.", metavar="DTYPE"),
+        Option("Dtype of the output: keep, bfloat16, float16 or float32.", metavar="DTYPE", group=FILES),
     ] = KEEP
     max_shard_bytes: Annotated[
         int,
@@ -150,6 +170,7 @@ class PlanOptions(CommandOptions):
             metavar="SIZE",
             parse=parse_shard_size,
             default="5GB",
+            group=FILES,
         ),
     ] = DEFAULT_SHARD_BYTES
 
@@ -251,17 +272,25 @@ class WriteOptions(CommandOptions):
     """
 
     hashing: Annotated[
-        bool, Option("Record the sha256 of all files, and check downloads against the Hub's.", flag="--hash/--no-hash")
+        bool,
+        Option(
+            "Record the sha256 of all files, and check downloads against the Hub's.",
+            flag="--hash/--no-hash",
+            group=FILES,
+        ),
     ] = True
-    flush: Annotated[bool, Option("Flush all files to disk, to survive power loss.")] = True
+    flush: Annotated[bool, Option("Flush all files to disk, to survive power loss.", group=FILES)] = True
     overwrite: Annotated[
         bool,
-        Option("Replace an existing t5g2 output at the very end; a folder that contains anything else is refused."),
+        Option(
+            "Replace an existing t5g2 output at the very end; a folder that contains anything else is refused.",
+            group=FILES,
+        ),
     ] = False
     resume: Annotated[
-        bool, Option("Keep the shards that an earlier run finished; keep finished shards if interrupted.")
+        bool, Option("Keep the shards that an earlier run finished; keep finished shards if interrupted.", group=FILES)
     ] = False
-    allow_nonfinite: Annotated[bool, Option("Copy NaN and infinity instead of refusing them.")] = False
+    allow_nonfinite: Annotated[bool, Option("Copy NaN and infinity instead of refusing them.", group=FILES)] = False
     progress: Progress | None = None
     judge: Judge | None = None
 

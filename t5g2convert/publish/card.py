@@ -7,8 +7,11 @@ the same bytes.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
+import yaml
+
+from t5g2convert.checkpoint.card_seal import CARD_FILE, is_sealed
 from t5g2convert.checkpoint.file_store import is_repo_id
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.checkpoint.manifest import Manifest, read_manifest
@@ -17,7 +20,7 @@ from t5g2convert.errors import CheckpointError, OutputError, UsageError
 from t5g2convert.publish.base_model import base_checkpoints, missing_manifest, read_trained_elsewhere
 from t5g2convert.publish.card_sections import CardContent, read_verification, sections
 from t5g2convert.publish.card_templates import template_for, template_for_trained_elsewhere
-from t5g2convert.publish.frontmatter import CARD_FILE, Card, Value, parse_card
+from t5g2convert.publish.frontmatter import Card, Value, parse_card
 from t5g2convert.publish.license import LICENSE_KEYS, license_text, read_license
 from t5g2convert.publish.markdown import code
 
@@ -67,7 +70,7 @@ def model_card(
         content = _content(folder, repo, source_card)
     else:
         content = _content_trained_elsewhere(folder, start, repo, source_card)
-    if mode == "replace" or existing is None or not existing.strip():
+    if mode == "replace" or existing is None or not existing.strip() or is_sealed(existing):
         existing = f"\n# {code(repo.rpartition('/')[2]) if repo else content.template.title}\n"
     return _merge(content, existing)
 
@@ -200,7 +203,4 @@ def _changes(card: Card, owned: list[str], stated: Metadata) -> tuple[list[str],
 
 def _yaml(key: str, value: str | list[str]) -> str:
     """Return one key of the metadata in the form that huggingface_hub writes."""
-    from huggingface_hub import ModelCardData
-
-    known: dict[str, Any] = {key: value}
-    return str(ModelCardData(**known).to_yaml())
+    return str(yaml.safe_dump({key: value}, allow_unicode=True, sort_keys=False)).strip()

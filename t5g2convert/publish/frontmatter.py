@@ -14,7 +14,6 @@ import yaml
 from t5g2convert.checkpoint.strictjson import is_text
 from t5g2convert.errors import T5g2Error
 
-CARD_FILE: Final = "README.md"
 MAX_CHARACTERS: Final = 1 << 20
 MAX_DEPTH: Final = 32
 

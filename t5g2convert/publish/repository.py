@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from t5g2convert.checkpoint.card_seal import CARD_FILE
 from t5g2convert.checkpoint.file_store import is_commit, is_repo_id
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub.hub_errors import LOGIN_HINT
@@ -13,7 +14,6 @@ from t5g2convert.checkpoint.hub.snapshot import hub_api, silent_bar
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.tokenizer.chat_templates import is_template
 from t5g2convert.errors import HubError, UsageError
-from t5g2convert.publish.frontmatter import CARD_FILE
 from t5g2convert.publish.retry import retry, upload_errors
 from t5g2convert.publish.sent_files import LocalFile, is_sent_name
 

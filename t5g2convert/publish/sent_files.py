@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from t5g2convert.checkpoint.card_seal import CARD_FILE
 from t5g2convert.checkpoint.file_store import is_commit, regular_file, sha256_of
 from t5g2convert.checkpoint.folder import check_folder, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, FileRecord, read_manifest
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template
 from t5g2convert.errors import CheckpointError
 from t5g2convert.publish.base_model import loaded_files, missing_manifest
-from t5g2convert.publish.frontmatter import CARD_FILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from t5g2convert.checkpoint.card_seal import CARD_FILE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.hub.snapshot import hub_api, silent_bar
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.errors import HubError
 from t5g2convert.publish.base_model import read_trained_elsewhere
 from t5g2convert.publish.card import model_card
-from t5g2convert.publish.frontmatter import CARD_FILE
 from t5g2convert.publish.repository import (
     MAIN,
     Access,

@@ -26,7 +26,7 @@ def test_the_list_of_commands_has_the_help_of_each(name: str) -> None:
 
 def test_every_module_of_a_command_is_listed() -> None:
     modules = {path.stem for path in Path(next(iter(cli.__path__))).glob("*.py")}
-    others = {"__init__", "command", "console", "main", "options", "streams", "training"}
+    others = {"__init__", "command", "console", "examples", "main", "options", "streams", "training"}
     assert {name.replace("-", "_") for name in COMMANDS} == modules - others
 
 

@@ -51,6 +51,11 @@ def test_zsh_gets_a_function_that_asks_t5g2() -> None:
         ("t5g2 convert --vis", ["--vision-from"]),
         ("t5g2 verify --dtype b", ["bfloat16"]),
         ("t5g2 verify --dtype nothing", []),
+        ("t5g2 convert --dtype f", ["float16", "float32"]),
+        ("t5g2 convert --preset t5gemma-2-1", ["t5gemma-2-1b-1b"]),
+        ("t5g2 plan --mapping t5gemma2-e", ["t5gemma2-encoder"]),
+        ("t5g2 mappings show gemma2", ["gemma2"]),
+        ("t5g2 extract --part e", ["encoder"]),
         ("t5g2 nothing", []),
     ],
 )

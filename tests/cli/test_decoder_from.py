@@ -92,5 +92,5 @@ def test_verify_asks_for_a_missing_parent(t5g2: CommandLine, twin_folder: TwinFo
     assert wrong.code == 6
     # Without a source the files are checked, and the model runs.
     alone = t5g2("verify", tmp_path / "out")
-    assert alone.code == 0
+    assert alone.code == 6
     assert "intact, but not compared with its source" in alone.out

@@ -91,7 +91,7 @@ def test_a_large_tokenizer_config_is_fetched_and_carried(scene: Scene, demo_sour
     made = scene.json(f"plan {REPO}")
     assert made["files"] == plan(demo_source).to_json()["files"]
     assert made["notes"] == list(plan(demo_source).notes)
-    scene.json(f"convert {REPO} out --no-flush")
+    scene.json(f"convert {REPO} out --no-flush --no-verify --no-card")
     convert(demo_source, scene.folder / "expected", flush=False)
     assert contents(scene.folder / "out").keys() == contents(scene.folder / "expected").keys()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -103,7 +103,7 @@ def test_a_large_tokenizer_config_is_fetched_and_carried(scene: Scene, demo_sour
 def test_a_conversion_equals_that_of_the_same_files(scene: Scene, twin_folder: TwinFolder, name: str) -> None:
     source = twin_folder(name)
     sha = scene.hub.add(REPO, source)
-    done = scene(f"convert {REPO} out --no-flush --verify")
+    done = scene(f"convert {REPO} out --no-flush --verify --no-card")
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout
     assert not [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
@@ -119,11 +119,11 @@ def test_a_conversion_equals_that_of_the_same_files(scene: Scene, twin_folder: T
 
 def test_an_offline_conversion_equals_the_online_one_byte_for_byte(scene: Scene, demo_source: Path) -> None:
     scene.hub.add(REPO, demo_source)
-    assert scene.json(f"convert {REPO} online")["tensors"] > 200
+    assert scene.json(f"convert {REPO} online --no-verify --no-card")["tensors"] > 200
     scene.hub.log.clear()
     for command in ("inspect", "plan"):
         assert scene.json(f"{command} {REPO}", HF_HUB_OFFLINE="1")["hub"]["repo"] == REPO
-    scene.json(f"convert {REPO} offline", HF_HUB_OFFLINE="1")
+    scene.json(f"convert {REPO} offline --no-verify --no-card", HF_HUB_OFFLINE="1")
     assert contents(scene.folder / "offline") == contents(scene.folder / "online")
     assert scene.hub.log == []
 
@@ -146,7 +146,7 @@ def test_a_source_on_the_hub_is_verified(scene: Scene, demo_source: Path) -> Non
 @pytest.mark.slow
 def test_a_moved_branch_is_reported_with_the_converted_commit(scene: Scene, demo_source: Path) -> None:
     sha = scene.hub.add(REPO, demo_source)
-    assert scene(f"convert {REPO} out --no-flush").returncode == 0
+    assert scene(f"convert {REPO} out --no-flush --no-verify --no-card").returncode == 0
     scene.hub.repos[REPO].commit({**contents(demo_source), "notes.txt": b"something else"})
     done = scene(f"verify out --source {REPO}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -159,7 +159,7 @@ def test_a_moved_branch_is_reported_with_the_converted_commit(scene: Scene, demo
 def test_a_part_is_extracted_from_a_model_on_the_hub(scene: Scene, converted_twin: TwinFolder, tmp_path: Path) -> None:
     sha = scene.hub.add(REPO, converted_twin("images-sharded"))
     for part in ("encoder", "decoder"):
-        done = scene(f"extract {REPO} {part} --part {part} --verify")
+        done = scene(f"extract {REPO} {part} --part {part} --verify --no-card")
         assert done.returncode == 0, done.stderr
         manifest = json.loads((scene.folder / part / "t5g2.json").read_text())
         assert manifest["source"]["hub"] == {"repo": REPO, "revision": sha}
@@ -171,7 +171,7 @@ def test_a_part_is_extracted_from_a_model_on_the_hub(scene: Scene, converted_twi
 @pytest.mark.slow
 def test_another_commit_than_the_converted_one_is_reported(scene: Scene, demo_source: Path) -> None:
     sha = scene.hub.add(REPO, demo_source)
-    scene.json(f"convert {REPO} out --no-flush")
+    scene.json(f"convert {REPO} out --no-flush --no-verify --no-card")
     assert scene.json(f"verify out --source {REPO} --no-record")["passed"]
     path = scene.folder / "out/t5g2.json"
     false_manifest = json.loads(path.read_text())
@@ -196,7 +196,7 @@ def test_only_the_shards_with_the_tower_of_a_donor_are_fetched(scene: Scene, twi
     donor, source = twin_folder("images-sharded"), twin_folder("text-8")
     sha = scene.hub.add("google/donor", donor)
     assert scene.json(f"plan {source} --vision-from google/donor --projector copy")["options"] == {"projector": "copy"}
-    scene.json(f"convert {source} out --vision-from google/donor --projector copy --no-flush")
+    scene.json(f"convert {source} out --vision-from google/donor --projector copy --no-flush --no-verify --no-card")
     manifest = json.loads((scene.folder / "out/t5g2.json").read_text())
     assert manifest["vision_from"]["hub"] == {"repo": "google/donor", "revision": sha}
     assert "hub" not in manifest["source"]
@@ -220,7 +220,7 @@ def test_only_the_shards_with_the_layers_of_the_decoders_parent_are_fetched(
     assert planned["sources"]["decoder_from"]["hub"] == {"repo": "google/other", "revision": sha}
     assert "hub" not in planned["sources"]["source"]
     assert not list((scene.folder / "home").rglob("*.safetensors"))
-    done = scene(f"convert {source} out {options} --no-flush --verify")
+    done = scene(f"convert {source} out {options} --no-flush --verify --no-card")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((scene.folder / "out/t5g2.json").read_text())
     assert manifest["decoder_from"]["hub"] == {"repo": "google/other", "revision": sha}
@@ -244,7 +244,9 @@ def test_a_graft_without_projector_is_verified_without_its_shard(scene: Scene, t
     source = twin_folder("text-8")
     _, shard = split_off(twin_folder("donor-wide"), scene.folder / "donor", "mm_input_projection_weight")
     scene.hub.add("google/donor", scene.folder / "donor")
-    assert scene.json(f"convert {source} out --vision-from google/donor --verify --no-flush")["verification"]["passed"]
+    assert scene.json(f"convert {source} out --vision-from google/donor --verify --no-flush --no-card")["verification"][
+        "passed"
+    ]
     report = scene.json(f"verify out --source {source} --vision-from google/donor")
     assert report["passed"]
     assert "vision_parity" in {check["name"] for check in report["checks"]}
@@ -317,12 +319,12 @@ def test_a_folder_comes_before_a_model_of_its_name(scene: Scene, demo_source: Pa
 def test_H1_an_unwritable_target_is_reported_before_any_request(scene: Scene) -> None:
     (scene.folder / "out").mkdir()
     (scene.folder / "out/mine.txt").touch()
-    assert scene(f"convert {REPO} out").returncode == 5
+    assert scene(f"convert {REPO} out --no-verify --no-card").returncode == 5
     assert scene.hub.log == []
 
 
 def test_a_run_that_cannot_be_resumed_is_reported_before_any_request(scene: Scene) -> None:
-    done = scene(f"convert {REPO} out --resume --no-hash")
+    done = scene(f"convert {REPO} out --resume --no-hash --no-verify --no-card")
     assert done.returncode == 2
     assert "--resume needs sha256" in done.stderr
     assert scene.hub.log == []
@@ -335,13 +337,13 @@ def test_H2_an_interrupted_conversion_continues_with_the_downloaded_files(
     scene.hub.add(REPO, source)
     shards = sorted(path.name for path in source.glob("*.safetensors"))
     scene.hub.faults.append(Fault(f"/resolve/.*{shards[-1]}", 99, status=404, method="HEAD"))
-    done = scene(f"convert {REPO} out")
+    done = scene(f"convert {REPO} out --no-verify --no-card")
     assert done.returncode == 7
     assert done.stderr.count("\n") == 1
     assert not (scene.folder / "out").exists()
     scene.hub.faults.clear()
     scene.hub.log.clear()
-    assert scene(f"convert {REPO} out").returncode == 0
+    assert scene(f"convert {REPO} out --no-verify --no-card").returncode == 0
     assert {request.path.rpartition("/")[2] for request in scene.hub.log if request.sent > 1000} >= {shards[-1]}
     assert scene.hub.sent(shards[0]) == 0
 
@@ -353,7 +355,7 @@ def test_a_download_with_the_wrong_sha256_is_refused(scene: Scene, demo_source: 
     wrong = right[:-1] + bytes([right[-1] ^ 1])
     files = scene.hub.repos[REPO].commits[sha]
     scene.hub.faults.append(Fault("/lfs/", 1, before=lambda: files.update({SINGLE_FILE: wrong})))
-    done = scene(f"convert {REPO} out")
+    done = scene(f"convert {REPO} out --no-verify --no-card")
     assert done.returncode == 3
     assert "the Hub gives" in done.stderr
     assert not (scene.folder / "out").exists()

@@ -78,11 +78,26 @@ def test_json_is_one_document_and_nothing_else(t5g2: CommandLine, source: Path, 
 
 def test_without_a_source_skipped_checks_are_listed(t5g2: CommandLine, output: Path) -> None:
     result = t5g2("verify", output)
-    assert result.code == 0
+    assert (result.code, result.err) == (6, "")
     assert result.out.count("not made") == 6
-    found = document(t5g2("verify", output, "--json"))
+    assert "intact, but not compared with its source; pass it with --source" in result.out
+    assert t5g2("verify", output, "--json").code == 6
+    alone = t5g2("verify", output, "--integrity-only", "--json")
+    assert alone.code == 0
+    found = document(alone)
     assert [check["name"] for check in found["checks"]] == ["integrity", "runs"]
     assert found["source"] is None
+
+
+def test_swapped_arguments_are_recognised(t5g2: CommandLine, source: Path, output: Path) -> None:
+    result = t5g2("verify", source, "--source", output)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert f"the output and --source are swapped: {source} is a gemma3" in result.err
+    assert f"t5g2 verify {output} --source {source}" in result.err
+
+
+def test_integrity_only_takes_no_source(t5g2: CommandLine, source: Path, output: Path) -> None:
+    assert_one_line_error(t5g2("verify", output, "--source", source, "--integrity-only"), 2)
 
 
 def test_remarks_go_to_stderr_and_into_the_json(t5g2: CommandLine, source: Path, output: Path) -> None:
@@ -268,7 +283,7 @@ def test_a_report_keeps_its_mode_and_its_link_and_may_be_a_device(
 ) -> None:
     (tmp_path / "real.html").touch(0o600)
     (tmp_path / "x.html").symlink_to("real.html")
-    assert t5g2("verify", output, "--html", tmp_path / "x.html", "--junit", "/dev/null").code == 0
+    assert t5g2("verify", output, "--integrity-only", "--html", tmp_path / "x.html", "--junit", "/dev/null").code == 0
     assert (tmp_path / "x.html").is_symlink()
     assert (tmp_path / "real.html").stat().st_mode & 0o777 == 0o600
     assert "</html>" in (tmp_path / "real.html").read_text()
@@ -356,7 +371,7 @@ def test_convert_verify_records_the_result(t5g2: CommandLine, source: Path, tmp_
     for check in CHECKS:
         assert f" {check} " in result.out
     assert "verified in bfloat16 on cpu" in result.out
-    assert f"to {tmp_path / 'out'}\n" in result.out
+    assert f"to {tmp_path / 'out'} in " in result.out
     recorded = read_manifest(tmp_path / "out").document()["verification"]
     assert recorded["passed"] is True
     assert [check["name"] for check in recorded["checks"]] == CHECKS
@@ -383,6 +398,7 @@ def test_O8_verified_conversions_of_the_same_input_are_byte_identical(
     assert contents(tmp_path / "one") == contents(tmp_path / "elsewhere/two")
     t5g2("convert", source, tmp_path / "three")
     assert t5g2("verify", tmp_path / "three", "--source", source).code == 0
+    assert t5g2("card", tmp_path / "three", "--write").code == 0
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 

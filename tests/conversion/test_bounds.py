@@ -83,7 +83,9 @@ def test_calls_are_bounded_by_tensors_and_chunks(
 ) -> None:
     source = make_source("source", 120_000, max_shard_bytes=4_000_000)
     made = plan(source, max_shard_bytes=5_000_000_000 if shard == "5GB" else 8_000_000)
-    trace = Trace(tmp_path, "convert", source, tmp_path / "out", "--max-shard-size", shard, *options)
+    trace = Trace(
+        tmp_path, "convert", "--no-verify", "--no-card", source, tmp_path / "out", "--max-shard-size", shard, *options
+    )
     ranges = {tensor.content.source for tensor in made.tensors if tensor.content.source is not None}
     reads = sum(pieces(span.end - span.start) for span in ranges)
     read_back = made.nbytes // READ_BACK + len(made.shards) + len(made.source_files)
@@ -102,7 +104,9 @@ def test_calls_are_bounded_by_tensors_and_chunks(
 @needs_strace
 def test_every_file_and_both_folders_are_flushed_once(make_source: Callable[..., Path], tmp_path: Path) -> None:
     source = make_source("source", 3_000)
-    trace = Trace(tmp_path, "convert", source, tmp_path / "out", "--max-shard-size", "400kB")
+    trace = Trace(
+        tmp_path, "convert", "--no-verify", "--no-card", source, tmp_path / "out", "--max-shard-size", "400kB"
+    )
     files = len(list((tmp_path / "out").iterdir()))
     shards = len(list((tmp_path / "out").glob("*.safetensors")))
     flushes = files + shards  # each finished shard is one line of the journal
@@ -111,7 +115,17 @@ def test_every_file_and_both_folders_are_flushed_once(make_source: Callable[...,
     assert trace.counts["rename"] == 1
     order = [line for line in trace.lines if " fsync(" in line or " rename(" in line]
     assert ["rename" in line for line in order] == [False] * (flushes + 1) + [True, False], "the parent's flush is last"
-    again = Trace(tmp_path, "convert", source, tmp_path / "other", "--max-shard-size", "400kB", "--no-flush")
+    again = Trace(
+        tmp_path,
+        "convert",
+        "--no-verify",
+        "--no-card",
+        source,
+        tmp_path / "other",
+        "--max-shard-size",
+        "400kB",
+        "--no-flush",
+    )
     assert again.counts["fsync"] == 0
 
 
@@ -121,7 +135,9 @@ def test_twice_the_bytes_cost_their_chunks_and_nothing_else(make_source: Callabl
     calls = []
     for name, vocabulary in (("one", 120_000), ("two", 240_000)):
         source = make_source(name, vocabulary)
-        calls.append((Trace(tmp_path, "convert", source, tmp_path / f"{name}-out"), plan(source)))
+        calls.append(
+            (Trace(tmp_path, "convert", "--no-verify", "--no-card", source, tmp_path / f"{name}-out"), plan(source))
+        )
     (one, small), (two, large) = calls
     more = pieces(large.nbytes - small.nbytes) + 1
     assert len(small.tensors) == len(large.tensors)
@@ -177,7 +193,9 @@ def test_peak_memory_is_the_same_for_a_model_of_ten_times_the_size(
     peaks = []
     for name, vocabulary, intermediate in (("small", 160_000, 1_000), ("large", 1_600_000, 10_000)):
         source = make_source(name, vocabulary, intermediate)
-        output: list[str | Path] = [tmp_path / f"{name}-out", "--no-flush"] if command == "convert" else []
+        output: list[str | Path] = (
+            [tmp_path / f"{name}-out", "--no-flush", "--no-verify", "--no-card"] if command == "convert" else []
+        )
         peaks.append(peak(command, source, *output, *options))
         shutil.rmtree(tmp_path / f"{name}-out", ignore_errors=True)
     assert max(peaks) < 64e6

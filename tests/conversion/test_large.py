@@ -55,7 +55,9 @@ def test_I14_100000_tensors_are_inspected_and_planned_in_bounded_memory(many: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-hash"]], ids=["hash", "no-hash"])
 def test_I14_100000_tensors_are_converted_in_bounded_memory(options: list[str], many: Path, tmp_path: Path) -> None:
-    printed, peak = run_and_measure("convert", many, tmp_path / "out", "--no-flush", "--json", *options)
+    printed, peak = run_and_measure(
+        "convert", "--no-verify", "--no-card", many, tmp_path / "out", "--no-flush", "--json", *options
+    )
     assert peak < PLAN_LIMIT
     with safe_open(tmp_path / "out" / SINGLE_FILE, "np") as file:
         names = set(file.keys())
@@ -152,7 +154,17 @@ def test_I14_a_source_larger_than_memory_is_converted(
     (tmp_path / "source").mkdir()
     write_synthetic_source(tmp_path / "source", gemma3_map, {**demo_config, "text_config": text}, seed=None)
     assert (tmp_path / "source" / SINGLE_FILE).stat().st_size > 4 * limit
-    run = limited(kind, limit, "convert", tmp_path / "source", tmp_path / "out", "--no-flush", *options)
+    run = limited(
+        kind,
+        limit,
+        "convert",
+        "--no-verify",
+        "--no-card",
+        tmp_path / "source",
+        tmp_path / "out",
+        "--no-flush",
+        *options,
+    )
     assert run.returncode == 0, run.stderr
     with safe_open(tmp_path / "out" / SINGLE_FILE, "np") as file:
         assert file.get_slice("model.encoder.embed_tokens.weight").get_shape() == [rows, 512]

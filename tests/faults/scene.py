@@ -130,7 +130,16 @@ class Scene:
 
     def arguments(self, mode: str) -> list[str | Path]:
         options = ["--overwrite"] * MODES[mode].overwrite + ["--resume"] * MODES[mode].resume
-        return ["convert", self.source, self.target, "--max-shard-size", str(SHARD_BYTES), *options]
+        return [
+            "convert",
+            "--no-verify",
+            "--no-card",
+            self.source,
+            self.target,
+            "--max-shard-size",
+            str(SHARD_BYTES),
+            *options,
+        ]
 
     def lay(self, mode: str) -> None:
         """Restore the state before the run."""

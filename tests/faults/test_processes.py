@@ -43,7 +43,7 @@ with Staging(Path(sys.argv[1])) as staging:
 
 def run_together(count: int, arguments: Sequence[str | Path]) -> list[tuple[int, str]]:
     """Return exit code and stderr of several processes that start at the same moment."""
-    command = [sys.executable, "-c", STARTED_TOGETHER, "convert", *map(str, arguments)]
+    command = [sys.executable, "-c", STARTED_TOGETHER, "convert", "--no-verify", "--no-card", *map(str, arguments)]
     gate, start = os.pipe()
     running = [
         subprocess.Popen(command, stdin=gate, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

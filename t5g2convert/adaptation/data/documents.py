@@ -232,4 +232,6 @@ def imported(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise UsageError(f"{name} is not installed: pip install 't5g2convert[adapt]'") from None
+        raise UsageError(
+            f"{name} is not installed: pip install '.[adapt]' in the folder of t5g2convert's source"
+        ) from None

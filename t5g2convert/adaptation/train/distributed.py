@@ -41,7 +41,9 @@ def require_extra(*more: str) -> None:
     """
     absent = [name for name in (*EXTRA, *more) if find_spec(name) is None]
     if absent:
-        raise UsageError(f"training needs {', '.join(absent)}: pip install 't5g2convert[adapt]'")
+        raise UsageError(
+            f"training needs {', '.join(absent)}: pip install '.[adapt]' in the folder of t5g2convert's source"
+        )
 
 
 def early_rank() -> int:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from t5g2convert.checkpoint.card_seal import CARD_FILE, has_sealed_card
 from t5g2convert.checkpoint.file_store import HASH_THREADS, sha256_of
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
@@ -29,14 +30,15 @@ Snapshot = Mapping[str, tuple[int, int, int]]
 
 
 def manifest_listing(folder: Path) -> dict[str, ListedFile]:
-    """Return the files that t5g2.json lists, and t5g2.json itself.
+    """Return the files that t5g2.json lists, t5g2.json itself, and a model card that nobody has edited.
 
     Raises:
         CheckpointError: The folder has no manifest, or an invalid one.
     """
     files = read_manifest(folder).files
     listed = {name: ListedFile(file.bytes, file.sha256) for name, file in files.items()}
-    return {**listed, MANIFEST_FILE: ListedFile()}
+    card = {CARD_FILE: ListedFile()} if has_sealed_card(folder) else {}
+    return {**listed, **card, MANIFEST_FILE: ListedFile()}
 
 
 def take_snapshot(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[str, tuple[int, int, int]]:

@@ -91,7 +91,8 @@ class TransformersEngine:
             self._library: Any = import_module("transformers")
         except ImportError as error:
             raise UsageError(
-                f"--engine transformers needs transformers: {error}", hint="pip install 't5g2convert[adapt]'"
+                f"--engine transformers needs transformers: {error}",
+                hint="pip install '.[adapt]' in the folder of t5g2convert's source",
             ) from None
         self._library.utils.logging.disable_progress_bar()
         try:

@@ -281,7 +281,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path, monkeyp
     import sys
 
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"datasets is not installed: pip install 't5g2convert\[adapt\]'"):
+    with pytest.raises(UsageError, match=r"datasets is not installed: pip install '\.\[adapt\]'"):
         list(read_dataset(str(tmp_path), "train", "text"))
 
 

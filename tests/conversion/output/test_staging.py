@@ -530,7 +530,19 @@ def test_O3_a_signal_to_any_thread_in_the_middle_of_the_swap_waits(
     """numpy has threads of its own, which a signal mask of the main thread does not cover."""
     target = tmp_path / "out"
     write_old(target)
-    command = [sys.executable, "-c", SIGNALLED, str(after), str(int(number)), "convert", source, target, "--overwrite"]
+    command = [
+        sys.executable,
+        "-c",
+        SIGNALLED,
+        str(after),
+        str(int(number)),
+        "convert",
+        "--no-verify",
+        "--no-card",
+        source,
+        target,
+        "--overwrite",
+    ]
     run = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=300)
     assert run.returncode == 128 + number
     assert run.stderr == f"t5g2: stopped by signal {int(number)}\n"
@@ -691,7 +703,16 @@ def test_O8_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path, op
 
 def test_O8_the_bytes_depend_on_no_hash_seed(source: Path, tmp_path: Path, finished: dict[str, bytes]) -> None:
     for seed in ("1", "2"):
-        command = [sys.executable, "-m", "t5g2convert", "convert", str(source), str(tmp_path / seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "t5g2convert",
+            "convert",
+            "--no-verify",
+            "--no-card",
+            str(source),
+            str(tmp_path / seed),
+        ]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
         assert contents(tmp_path / seed) == finished
 
