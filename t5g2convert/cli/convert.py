@@ -148,7 +148,9 @@ def _write_card(folder: Path, source: Path, *, flush: bool) -> "Iterator[str]":
 
 def _next_command(source: str, output: Path, options: ConvertOptions, *, verified: bool) -> str:
     if verified and options.part is None and (output / "tokenizer.json").is_file():
-        return shlex.join(["t5g2", "generate", str(output), "--prompt", "The capital of France is"])
+        # Its decoder alone writes text before any training.
+        words = ["--hide-encoder", "--decoder-prompt", "The capital of France is"]
+        return shlex.join(["t5g2", "generate", str(output), *words])
     if verified:
         return shlex.join(["t5g2", "upload", str(output), f"your-name/{output.resolve().name}"])
     others = {

@@ -99,6 +99,6 @@ def test_the_last_line_is_the_next_command_and_the_time_is_printed(
     assert re.search(r" in \d+\.\d s\n", result.out)
     assert result.out.splitlines()[-1] == f"next: t5g2 verify '{out}' --source {demo_source}"
     shown = t5g2("convert", demo_source, out, "--overwrite", "--verify").out
-    assert shown.splitlines()[-1].startswith(f"next: t5g2 generate '{out}' --prompt ")
+    assert shown.splitlines()[-1].startswith(f"next: t5g2 generate '{out}' --hide-encoder --decoder-prompt ")
     part = t5g2("extract", out, tmp_path / "part", "--part", "decoder", "--verify").out
     assert part.splitlines()[-1] == f"next: t5g2 upload {tmp_path / 'part'} your-name/part"
