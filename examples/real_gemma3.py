@@ -44,6 +44,13 @@ LAYER_TENSORS: Final = {
 }  # fmt: skip
 """Names in GGUF, and the Hub's."""
 
+READ: Final = {
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window", "attention.value_length", "block_count", "context_length", "embedding_length",
+    "feed_forward_length", "rope.freq_base", "rope.scaling.factor", "rope.scaling.type", "vocab_size",
+}  # fmt: skip
+"""The settings of a GGUF file that are read."""
+
 FULL_EVERY: Final = 6
 """Every sixth layer of a Gemma 3 has full attention."""
 
@@ -62,6 +69,8 @@ def main() -> None:
     dequantised.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json and tokenizer_config.json")
     chosen = parser.parse_args()
     if chosen.folder.exists():
+        if not (chosen.folder / "model.safetensors").is_file():
+            raise SystemExit(f"{chosen.folder} exists, but is no model; choose another folder")
         print(f"{chosen.folder} is there")
         return
     chosen.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +144,9 @@ def write_model(file: Path, folder: Path) -> None:
     settings = {name: field.contents() for name, field in reader.fields.items() if is_setting(name)}
     tensors = {hub_name(tensor.name): tensor for tensor in reader.tensors}
     shapes = {name: [int(size) for size in reversed(tensor.shape)] for name, tensor in tensors.items()}
-    config = config_of(settings, vocabulary=shapes["model.embed_tokens.weight"][0])
+    config = config_of(settings, vocabulary=shapes.get("model.embed_tokens.weight", [0])[0])
+    if missing := expected_names(config["num_hidden_layers"]) - tensors.keys():
+        raise SystemExit(f"the GGUF file lacks {len(missing)} tensors, for example {min(missing)}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in sorted(tensors):
@@ -169,6 +180,12 @@ def hub_name(name: str) -> str:
     return f"model.layers.{number}.{LAYER_TENSORS[kind]}.weight"
 
 
+def expected_names(layers: int) -> set[str]:
+    """Return the names of all tensors of a model."""
+    blocks = {hub_name(f"blk.{number}.{kind}.weight") for number in range(layers) for kind in LAYER_TENSORS}
+    return blocks | {hub_name(f"{name}.weight") for name in TENSORS}
+
+
 def config_of(settings: Mapping[str, Any], *, vocabulary: int) -> dict[str, Any]:
     """Return config.json for the metadata of a GGUF file."""
     if (architecture := settings.get("general.architecture")) != "gemma3":
@@ -179,6 +196,13 @@ def config_of(settings: Mapping[str, Any], *, vocabulary: int) -> dict[str, Any]
             raise SystemExit(f"the GGUF file has no gemma3.{name}")
         return settings[f"gemma3.{name}"]
 
+    # A setting that is not read could change what the model computes.
+    if unread := sorted(name for name in settings if name.startswith("gemma3.") and name[7:] not in READ):
+        raise SystemExit(f"the GGUF file sets {', '.join(unread)}, which is not read")
+    if settings.get("gemma3.rope.scaling.type", "linear") not in ("linear", "none"):
+        raise SystemExit(f"the scaling of RoPE is {settings['gemma3.rope.scaling.type']!r}, expected 'linear'")
+    if of("attention.value_length") != of("attention.key_length"):
+        raise SystemExit("keys and values have different lengths")
     layers, width, heads = of("block_count"), of("embedding_length"), of("attention.head_count")
     factor = settings.get("gemma3.rope.scaling.factor", 1.0)
     scaling = None if factor in (0.0, 1.0) else {"rope_type": "linear", "factor": factor}

@@ -1,6 +1,7 @@
 """The example that dequantises GGUF files: names, config and values."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from numpy.typing import NDArray
-from real_gemma3 import bfloat16, config_of, hub_name
+from real_gemma3 import bfloat16, config_of, hub_name, main
 from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM
 
@@ -94,11 +95,35 @@ def test_the_config_follows_the_metadata() -> None:
     assert (config["vocab_size"], config["eos_token_id"]) == (99, 106)
     large = {**settings, "gemma3.block_count": 62, "gemma3.embedding_length": 5376, "gemma3.attention.head_count": 32}
     assert config_of(large, vocabulary=99)["query_pre_attn_scalar"] == 168
+    for name, value, reason in (
+        ("gemma3.final_logit_softcapping", 30.0, "sets gemma3.final_logit_softcapping, which is not read"),
+        ("gemma3.rope.scaling.type", "yarn", "the scaling of RoPE is 'yarn'"),
+        ("gemma3.attention.value_length", 64, "different lengths"),
+    ):
+        with pytest.raises(SystemExit, match=reason):
+            config_of({**settings, name: value}, vocabulary=99)
     with pytest.raises(SystemExit, match="the architecture is 'llama'"):
         config_of({**settings, "general.architecture": "llama"}, vocabulary=99)
     del settings["gemma3.block_count"]
     with pytest.raises(SystemExit, match=r"has no gemma3\.block_count"):
         config_of(settings, vocabulary=99)
+
+
+def test_a_file_without_all_tensors_and_a_folder_of_others_are_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", block_count=8)
+    arguments = ("dequantise", str(tmp_path / "tiny.gguf"), str(tmp_path / "gemma"))
+    assert "lacks 13 tensors, for example model.layers.7." in refused(arguments)
+    assert not (tmp_path / "gemma").exists()
+    (tmp_path / "gemma").mkdir()
+    assert "exists, but is no model" in refused(arguments)
+
+
+def refused(arguments: Sequence[str]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["real_gemma3.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+    return str(end.value.code)
 
 
 def test_values_are_rounded_as_torch_rounds_them() -> None:
