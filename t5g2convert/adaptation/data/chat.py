@@ -8,6 +8,7 @@ Names of special tokens that the template writes become these tokens, those in c
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,27 +73,31 @@ class PairMaker:
             if isinstance(row, Document | PairDocument | Fault):
                 yield row
                 continue
-            if isinstance(row, PairRow):
-                yield self._plain(row)
-                continue
             try:
-                turns, every = self._turns(row)
-                held, size = [], 0
-                for number in turns:
-                    # All turns are rendered before the first is yielded, since one fault is a fault of the row.
-                    pair = self._turn(row, number, named=every)
-                    size += sum(len(part) for part in (*pair.source, *pair.target) if isinstance(part, str))
-                    if size <= HELD:
-                        held.append(pair)
+                made = [self._plain(row)] if isinstance(row, PairRow) else self._pairs(row)
             except ValueError as error:
                 yield Fault(row.where, str(error))
             else:
-                yield from held
-                yield from (self._turn(row, number, named=every) for number in turns[len(held) :])
+                yield from made
 
     def _plain(self, row: PairRow) -> PairDocument:
         texts = text_pieces(row.source, len(row.images), at_end=True) if row.images else [row.source]
         return PairDocument(row.where, tuple(with_places(texts, self._tokens)), (row.target,), row.images)
+
+    def _pairs(self, row: ChatRow) -> Iterable[PairDocument]:
+        """Return the pairs of a conversation. All are rendered before the first is used: one fault refuses the row.
+
+        Raises:
+            ValueError: It cannot be learnt.
+        """
+        turns, every = self._turns(row)
+        held, size = list[PairDocument](), 0
+        for number in turns:
+            pair = self._turn(row, number, named=every)
+            size += sum(len(part) for part in (*pair.source, *pair.target) if isinstance(part, str))
+            if size <= HELD:
+                held.append(pair)
+        return chain(held, (self._turn(row, number, named=every) for number in turns[len(held) :]))
 
     def _turns(self, row: ChatRow) -> tuple[list[int], bool]:
         """Return the numbers of the messages to learn, and whether these are all turns.
